@@ -12,6 +12,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from kdjax.types import UserError
 
 
@@ -50,14 +52,18 @@ class ModelConfig:
     param_dtype: str = knob("float32", "dtype of the master weights: float32 | bfloat16")
     remat: str = knob("layer", "what the backward pass recomputes: none | dots (all but matmuls) | layer")
     attention: str | None = knob(None, "xla | cudnn; None: cudnn where it can run, else xla")
-    tokenizer_sha256: str | None = knob(None, "digest of the tokenizer file, compared with the data's manifest")
+    tokenizer_sha256: str | None = knob(
+        None, "digest of the tokenizer file, compared with the data's manifest"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Records of teacher logits. Paths may be files, globs, or templates whose file name holds CHUNK_ID."""
 
-    train: tuple[str, ...] = knob((), "training records: comma-separated paths (.jsonl, .jsonl.gz, .jsonl.zst)")
+    train: tuple[str, ...] = knob(
+        (), "training records: comma-separated paths (.jsonl, .jsonl.gz, .jsonl.zst)"
+    )
     val: tuple[str, ...] = knob((), "validation records; empty: no validation")
     sequence_length: int = knob(0, "positions a row; shorter records are padded with loss mask 0")
     top_k: int | None = knob(None, "teacher entries used per position, largest first; None: all stored")
@@ -104,9 +110,13 @@ class LossConfig:
     )
     tail: str = knob("renormalize", "mass outside the top-k: renormalize (drop) | ghost (one more bucket)")
     jsd_beta: float = knob(0.5, "weight of the teacher in jsd's mixture, between 0 and 1")
-    reduction: str = knob("token", "token: mean over the global batch's tokens | nemo: mean of microbatch means")
+    reduction: str = knob(
+        "token", "token: mean over the global batch's tokens | nemo: mean of microbatch means"
+    )
     implementation: str | None = knob(None, "reference | xla; None: the fastest that can run")
-    include_vocab_padding: bool = knob(False, "let the padded vocabulary rows into the softmax, as Megatron does")
+    include_vocab_padding: bool = knob(
+        False, "let the padded vocabulary rows into the softmax, as Megatron does"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +128,9 @@ class OptimConfig:
     min_lr: float = knob(9e-7, "last learning rate of cosine and wsd")
     schedule: str = knob("cosine", "cosine (NeMo's CosineAnnealing) | constant | wsd (warm up, hold, decay)")
     warmup_steps: int = knob(10, "steps of linear warm-up")
-    constant_steps: int = knob(0, "cosine: steps held at min_lr at the end; wsd: steps held at lr before the decay")
+    constant_steps: int = knob(
+        0, "cosine: steps held at min_lr at the end; wsd: steps held at lr before the decay"
+    )
     b1: float = knob(0.9, "decay of the first moment (momentum for sgd)")
     b2: float = knob(0.98, "decay of the second moment")
     eps: float = knob(1e-8, "added to the root of the second moment")
@@ -137,7 +149,9 @@ class TrainConfig:
     save_every: int = knob(100, "steps between checkpoints; the last step always saves")
     log_every: int = knob(1, "steps between lines of metrics.jsonl", resumable=True)
     seed: int = knob(0, "seed of the initial weights")
-    early_stop_patience: int | None = knob(None, "validations without improvement before stopping; None: never")
+    early_stop_patience: int | None = knob(
+        None, "validations without improvement before stopping; None: never"
+    )
     max_skipped_steps: int = knob(8, "non-finite steps in a row, each left out, before the run stops")
     wandb_project: str | None = knob(None, "also log to this Weights & Biases project", resumable=True)
 
@@ -158,7 +172,9 @@ class CheckpointConfig:
 
     keep_last: int = knob(2, "newest checkpoints kept", resumable=True)
     keep_best: int = knob(1, "best checkpoints kept besides, by best_metric; 0: none", resumable=True)
-    best_metric: str = knob("loss", "validation metric to keep and stop by: loss | kd_loss | sft_loss", resumable=True)
+    best_metric: str = knob(
+        "loss", "validation metric to keep and stop by: loss | kd_loss | sft_loss", resumable=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,20 +208,25 @@ KNOBS: dict[str, "dataclasses.Field[Any]"] = {
     f"{group}.{field.name}": field for group, cls in GROUPS.items() for field in dataclasses.fields(cls)
 }
 TYPES: dict[str, Any] = {
-    f"{group}.{name}": kind for group, cls in GROUPS.items() for name, kind in typing.get_type_hints(cls).items()
+    f"{group}.{name}": kind
+    for group, cls in GROUPS.items()
+    for name, kind in typing.get_type_hints(cls).items()
 }
 
 
-def build(settings: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Config:
+def build(settings: Mapping[str, Any] | ConfigDict, overrides: Mapping[str, str] | None = None) -> Config:
     """The configuration from a (nested) mapping or `ConfigDict`, then overrides as typed on the command line.
 
     Raises UserError for an unknown key (with the nearest known one) and for a value of the wrong type.
     """
+    settings = settings.to_dict() if isinstance(settings, ConfigDict) else settings
     values: dict[str, Any] = {}
     for group in settings:
         _known(group, GROUPS, "group")
         if not isinstance(settings[group], Mapping):
-            raise UserError(f"config group {group!r} holds {settings[group]!r}; it must hold keys, as in {group}.key = value")
+            raise UserError(
+                f"config group {group!r} holds {settings[group]!r}; it must hold keys, as in {group}.key = value"
+            )
         for key, value in settings[group].items():
             dotted = _known(f"{group}.{key}", KNOBS, "key")
             if value is not None or type(None) in _options(TYPES[dotted]):  # else an empty placeholder
@@ -267,7 +288,9 @@ def _known(name: str, known: Mapping[str, Any], what: str) -> str:
         return name
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     same_key = [k for k in known if k.partition(".")[2] == name.rpartition(".")[2]]
-    hint = f"; did you mean {(same_key or near)[0]!r}?" if same_key or near else f"; known: {', '.join(known)}"
+    hint = (
+        f"; did you mean {(same_key or near)[0]!r}?" if same_key or near else f"; known: {', '.join(known)}"
+    )
     raise UserError(f"unknown config {what} {name!r}{hint}")
 
 
@@ -282,7 +305,12 @@ def _typed(dotted: str, value: Any) -> Any:
             return None
         if kind in (bool, str) and isinstance(value, kind):
             return value
-        if kind is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
+        if (
+            kind is int
+            and isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and value == int(value)
+        ):
             return int(value)
         if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
@@ -291,7 +319,9 @@ def _typed(dotted: str, value: Any) -> Any:
             if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
                 return tuple(items)
     wanted = " or ".join(getattr(k, "__name__", str(k)) for k in _options(TYPES[dotted]))
-    raise UserError(f"{dotted} = {value!r} is a {type(value).__name__}; it must be {wanted}".replace("NoneType", "None"))
+    raise UserError(
+        f"{dotted} = {value!r} is a {type(value).__name__}; it must be {wanted}".replace("NoneType", "None")
+    )
 
 
 def _parse(text: str, kind: Any) -> Any:

@@ -1,0 +1,112 @@
+"""The loss on full logits with a derivative written by hand: one gather, one reduction, one pass back.
+
+Forward: the K + 1 taught columns of each row are gathered and, only when an SFT term or a ghost tail asks for
+it, the row's logsumexp is reduced in float32 without a float32 copy of the logits. Backward: the softmax part
+is rounded to the logits' dtype once, and the taught columns are overwritten with values summed in float32
+before they are rounded, so that softmax - 1 at the label does not cancel in bfloat16 and duplicate ids add.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kdjax.losses.objective import Objective, Supervision, computation_dtype
+from kdjax.losses.terms import Losses, Picked, differentiate, evaluate
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def token_losses(objective: Objective, logits: Float[Array, "*P V"], supervision: Supervision) -> Losses:
+    """(loss, kd, sft) of each position in nats, differentiable by the logits through any of the three."""
+    return _forward(objective, logits, supervision)[0]
+
+
+_Residuals = tuple[Float[Array, "*P V"], Supervision, Int[Array, "*P K+1"], Picked]
+
+
+def _forward(
+    objective: Objective, logits: Float[Array, "*P V"], supervision: Supervision
+) -> tuple[Losses, _Residuals]:
+    columns = taught_columns(objective, logits, supervision)
+    picked = pick(objective, logits, columns, with_log_sum=objective.needs_log_sum)
+    return evaluate(objective, picked, supervision), (logits, supervision, columns, picked)
+
+
+def _backward(
+    objective: Objective, residuals: _Residuals, cotangents: Losses
+) -> tuple[Float[Array, "*P V"], None]:
+    logits, supervision, columns, picked = residuals
+    columns_ct, log_sum_ct = differentiate(objective, picked, supervision, cotangents)
+    return spread(objective, logits, columns, picked, columns_ct, log_sum_ct, logits.dtype), None
+
+
+token_losses.defvjp(_forward, _backward)
+
+
+def taught_columns(
+    objective: Objective, logits: Float[Array, "*P V"], supervision: Supervision
+) -> Int[Array, "*P K+1"]:
+    """The vocabulary columns that the K entries and the label speak of; V, which is none, where they speak of none.
+
+    None have absent entries, ids outside [0, V), and the label when no term reads it. Under rank matching the
+    entries speak of the student's own K largest logits.
+    """
+    v = logits.shape[-1]
+    ids = supervision.topk_token_ids
+    if objective.rank_match:
+        ids = jax.lax.top_k(logits, ids.shape[-1])[1]
+    ids = jnp.where((supervision.topk_logits != -jnp.inf) & (ids >= 0) & (ids < v), ids, v)
+    labels = supervision.labels
+    labels = jnp.where((labels >= 0) & (labels < v) & (objective.sft_loss_weight != 0), labels, v)
+    return jnp.concatenate([ids.astype(jnp.int32), labels.astype(jnp.int32)[..., None]], axis=-1)
+
+
+def pick(
+    objective: Objective, logits: Float[Array, "*P V"], columns: Int[Array, "*P K+1"], *, with_log_sum: bool
+) -> Picked:
+    """The logits at the taught columns (NaN at column V) and, with a pass over the vocabulary, the logsumexp."""
+    dtype = computation_dtype(logits)
+    taught = jnp.take_along_axis(logits, columns, axis=-1, mode="fill", fill_value=jnp.nan).astype(dtype)
+    topk, label = taught[..., :-1], taught[..., -1]
+    if not with_log_sum:
+        return Picked(topk, label)
+    row_max = logits.max(axis=-1).astype(dtype)
+    centred = logits.astype(dtype) - row_max[..., None]
+    return Picked(topk, label, row_max, jnp.log(jnp.sum(jnp.exp(objective.logits_scale * centred), axis=-1)))
+
+
+def spread(
+    objective: Objective,
+    logits: Float[Array, "*P V"],
+    columns: Int[Array, "*P K+1"],
+    picked: Picked,
+    columns_ct: Float[Array, "*P K+1"],
+    log_sum_ct: Float[Array, "*P"] | None,
+    dtype: jnp.dtype,
+) -> Float[Array, "*P V"]:
+    """The logits' cotangent in `dtype`, from those of the taught columns and of the log-sum (see `differentiate`)."""
+
+    def softmax_part(z: Float[Array, "*P N"]) -> Float[Array, "*P N"]:
+        """What each z receives through the log-sum."""
+        if log_sum_ct is None:
+            return jnp.zeros(z.shape, picked.topk.dtype)
+        assert picked.row_max is not None
+        assert picked.log_sum is not None
+        centred = z.astype(picked.topk.dtype) - picked.row_max[..., None]
+        probability = jnp.exp(objective.logits_scale * centred - picked.log_sum[..., None])
+        ct = objective.logits_scale * log_sum_ct[..., None]
+        return jnp.where(ct == 0, 0, ct * probability)
+
+    taught = jnp.concatenate([picked.topk, picked.label[..., None]], axis=-1)
+    same_column = columns[..., :, None] == columns[..., None, :]
+    added = jnp.where(same_column, columns_ct[..., None, :], 0).sum(axis=-1)
+    taught_ct = softmax_part(taught) + added
+    return _overwrite(softmax_part(logits).astype(dtype), columns, taught_ct.astype(dtype))
+
+
+# Equal columns carry equal values, so the order of writing does not matter; column V is dropped. One row at a
+# time under vmap, so that XLA sees the positions as batch dimensions and keeps them sharded.
+_overwrite = jnp.vectorize(
+    lambda row, columns, values: row.at[columns].set(values, mode="drop"), signature="(v),(c),(c)->(v)"
+)

@@ -1,0 +1,80 @@
+"""The device mesh: every axis name, every sharding, and the shims over JAX's moving parts."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kdjax.config import BatchConfig, MeshConfig
+from kdjax.types import UserError
+
+AXES = ("pipe", "data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # the global batch is split over these
+
+REPLICATED = P()
+ROWS = P(BATCH_AXES)  # arrays whose leading axis is the batch
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices, `-1` filled in. Raises UserError when the sizes do not multiply to their count."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in AXES]
+    given = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes and len(devices) % given == 0:
+        sizes[sizes.index(-1)] = len(devices) // given
+    if -1 in sizes or int(np.prod(sizes)) != len(devices):
+        asked = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
+        raise UserError(f"{asked} does not fit {len(devices)} devices; mesh.data=-1 uses them all")
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def replicas(mesh: Mesh) -> int:
+    """How many ways the global batch is split."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def check_split(mesh: Mesh, batch: BatchConfig) -> None:
+    """Raises UserError unless the global batch splits evenly into microbatches on the mesh's replicas."""
+    each = batch.microbatch_size * replicas(mesh)
+    if batch.global_size % each:
+        below, above = batch.global_size // each * each, -(-batch.global_size // each) * each
+        near = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"batch.global_size = {batch.global_size} is no multiple of microbatch_size {batch.microbatch_size} x {replicas(mesh)} "
+            f"devices; {near} would be, or another batch.microbatch_size"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A full copy on every device."""
+    return NamedSharding(mesh, REPLICATED)
+
+
+def process_rows(mesh: Mesh, global_size: int) -> slice:
+    """The contiguous rows of the global batch that this process feeds to its devices."""
+    spans = NamedSharding(mesh, ROWS).addressable_devices_indices_map((global_size,)).values()
+    bounds = [index[0].indices(global_size) for index in spans if index is not None]
+    return slice(min(b[0] for b in bounds), max(b[1] for b in bounds))
+
+
+def put_rows(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays holding this process's rows, as global arrays split over the batch axes."""
+    sharding = NamedSharding(mesh, ROWS)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+
+def per_device(f: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`f` run once a device on its own shards, all axes manual.
+
+    Without the varying-axes check: the losses' custom derivatives are written for local shards, and differentiating
+    inside then leaves the one gradient sum over devices to the caller, after its loop.
+    """
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def sum_over_batch_axes(tree: Any) -> Any:
+    """All-reduce over the axes that split the batch; only inside `per_device`."""
+    return jax.lax.psum(tree, BATCH_AXES)

@@ -1,0 +1,278 @@
+"""The student: a decoder-only GPT whose options cover Megatron's GPT, Llama, Qwen and GPT-2.
+
+The layers are stacked: each of their parameters is one array with a leading axis L, and the forward pass scans
+over it. So compile time does not grow with depth, and a pipeline can cut the stack where it likes.
+Training holds the parameters as a plain nested dict (`init_params`) and binds them to the module (`bind`) inside
+the jitted step.
+"""
+
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kdjax.config import ModelConfig
+
+log = logging.getLogger("kdjax")
+Params = dict[str, Any]
+
+ACTIVATIONS = {
+    "swiglu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+class Norm(nnx.Module):
+    """LayerNorm, LayerNorm with zero-centred scale ("1p", Megatron) or RMSNorm, in float32 over the last axis."""
+
+    def __init__(self, shape: tuple[int, ...], kind: str, eps: float, dtype: jnp.dtype):
+        self.kind, self.eps = kind, eps
+        first = jnp.zeros if kind == "layernorm_1p" else jnp.ones
+        self.scale = nnx.Param(first(shape, dtype))
+        self.bias = None if kind == "rmsnorm" else nnx.Param(jnp.zeros(shape, dtype))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        if self.bias is not None:
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32)
+        x32 = x32 * (1 + scale if self.kind == "layernorm_1p" else scale)
+        if self.bias is not None:
+            x32 = x32 + self.bias[...].astype(jnp.float32)
+        return x32.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """A linear map between named axes, written as an einsum whose upper-case letters are the shape legend."""
+
+    def __init__(
+        self,
+        einsum: str,
+        shape: tuple[int, ...],
+        bias_shape: tuple[int, ...] | None,
+        std: float,
+        init: "Init",
+    ):
+        self.einsum, self.dtype = einsum, init.dtype
+        self.kernel = nnx.Param(init.normal(shape, std))
+        self.bias = None if bias_shape is None else nnx.Param(init.zeros(bias_shape))
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.einsum(self.einsum, x, self.kernel[...].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Init:
+    """Draws the initial arrays of a stack of layers: every shape gets the leading axis L."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.rngs, self.layers = rngs, config.layers
+        self.dtype, self.param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
+
+    def normal(self, shape: tuple[int, ...], std: float) -> Array:
+        return std * jax.random.normal(self.rngs.params(), (self.layers, *shape), self.param_dtype)
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        return jnp.zeros((self.layers, *shape), self.param_dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped queries, rotary positions and an optional norm on queries and keys."""
+
+    def __init__(self, config: ModelConfig, init: Init):
+        D, N, G, H = config.d_model, config.n_heads, config.n_groups or config.n_heads, head_dim(config)
+        qkv_bias = config.bias or config.qkv_bias
+        self.config = config
+        self.q = Linear("BTD,DNH->BTNH", (D, N, H), (N, H) if qkv_bias else None, config.init_std, init)
+        self.k = Linear("BSD,DGH->BSGH", (D, G, H), (G, H) if qkv_bias else None, config.init_std, init)
+        self.v = Linear("BSD,DGH->BSGH", (D, G, H), (G, H) if qkv_bias else None, config.init_std, init)
+        self.o = Linear("BTNH,NHD->BTD", (N, H, D), (D,) if config.bias else None, output_std(config), init)
+        norm = functools.partial(Norm, (config.layers, H), "rmsnorm", config.norm_eps, init.param_dtype)
+        self.q_norm, self.k_norm = (norm(), norm()) if config.qk_norm else (None, None)
+
+    def __call__(
+        self,
+        x_BxTxD: Array,
+        positions_BxT: Array,
+        segment_ids_BxT: Array | None,
+    ) -> Array:
+        q_BxTxNxH, k_BxSxGxH, v_BxSxGxH = self.q(x_BxTxD), self.k(x_BxTxD), self.v(x_BxTxD)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BxTxNxH, k_BxSxGxH = self.q_norm(q_BxTxNxH), self.k_norm(k_BxSxGxH)
+        if self.config.position == "rope":
+            rotate = functools.partial(rope, positions_BxT=positions_BxT, config=self.config)
+            q_BxTxNxH, k_BxSxGxH = rotate(q_BxTxNxH), rotate(k_BxSxGxH)
+        same_document_Bx1xTxS = None
+        if segment_ids_BxT is not None:
+            same_document_Bx1xTxS = (segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :])[:, None]
+        # A row's padding comes last, so the causal mask alone keeps it from every real token.
+        out_BxTxNxH = jax.nn.dot_product_attention(
+            q_BxTxNxH,
+            k_BxSxGxH,
+            v_BxSxGxH,
+            mask=same_document_Bx1xTxS,
+            is_causal=True,
+            implementation=attention_implementation(self.config),
+        )
+        return self.o(out_BxTxNxH)
+
+
+class MLP(nnx.Module):
+    """up, activation, down; SwiGLU multiplies by a second, gating map."""
+
+    def __init__(self, config: ModelConfig, init: Init):
+        D, F = config.d_model, config.d_ff
+        bias = (F,) if config.bias else None
+        self.activation = config.activation
+        self.up = Linear("BTD,DF->BTF", (D, F), bias, config.init_std, init)
+        gated = config.activation == "swiglu"
+        self.gate = Linear("BTD,DF->BTF", (D, F), bias, config.init_std, init) if gated else None
+        self.down = Linear("BTF,FD->BTD", (F, D), (D,) if config.bias else None, output_std(config), init)
+
+    def __call__(self, x_BxTxD: Array) -> Array:
+        activate = ACTIVATIONS[self.activation]
+        up_BxTxF = self.up(x_BxTxD)
+        if self.gate is None:
+            return self.down(activate(up_BxTxF))
+        return self.down(activate(self.gate(x_BxTxD)) * up_BxTxF)
+
+
+class Layer(nnx.Module):
+    """A pre-norm transformer layer: attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, init: Init):
+        shape = (config.layers, config.d_model)
+        self.attn_norm = Norm(shape, config.norm, config.norm_eps, init.param_dtype)
+        self.attn = Attention(config, init)
+        self.mlp_norm = Norm(shape, config.norm, config.norm_eps, init.param_dtype)
+        self.mlp = MLP(config, init)
+
+    def __call__(self, x_BxTxD: Array, positions_BxT: Array, segment_ids_BxT: Array | None) -> Array:
+        x_BxTxD = x_BxTxD + self.attn(self.attn_norm(x_BxTxD), positions_BxT, segment_ids_BxT)
+        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+
+
+class GPT(nnx.Module):
+    """Tokens to logits. `hidden` stops before the unembedding, which the fused loss applies itself."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        init = Init(config, rngs)
+        V, D = config.padded_vocab_size or config.vocab_size, config.d_model
+        draw = functools.partial(jax.random.normal, dtype=init.param_dtype)
+        self.config = config
+        self.embed = nnx.Param(config.init_std * draw(rngs.params(), (V, D)))
+        table = (config.max_positions or 0, D)
+        learned = config.position == "learned"
+        self.positions = nnx.Param(config.init_std * draw(rngs.params(), table)) if learned else None
+        self.layers = Layer(config, init)
+        self.final_norm = Norm((D,), config.norm, config.norm_eps, init.param_dtype)
+        self.unembed = None if config.tied else nnx.Param(config.init_std * draw(rngs.params(), (V, D)))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits in float32 over the true (unpadded) vocabulary. Positions default to 0 .. T-1."""
+        x_BxTxD = self.hidden(tokens, positions, segment_ids)
+        unembed_VxD = self.unembedding()[: self.config.vocab_size].astype(x_BxTxD.dtype)
+        return jnp.einsum("BTD,VD->BTV", x_BxTxD, unembed_VxD, preferred_element_type=jnp.float32)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The residual stream after the last norm, in `config.dtype`."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        x_BxTxD = self.embed[...][tokens]
+        if self.positions is not None:
+            x_BxTxD = x_BxTxD + self.positions[...][positions]
+        graph, stacked = nnx.split(self.layers)
+
+        def one_layer(x_BxTxD: Array, params: Any) -> tuple[Array, None]:
+            return nnx.merge(graph, params)(x_BxTxD, positions, segment_ids), None
+
+        x_BxTxD, _ = jax.lax.scan(
+            rematerialise(one_layer, self.config.remat), x_BxTxD.astype(self.config.dtype), stacked
+        )
+        return self.final_norm(x_BxTxD)
+
+    def unembedding(self) -> Float[Array, "V D"]:
+        """The output matrix with its padded rows, in the parameters' dtype."""
+        return self.embed[...] if self.unembed is None else self.unembed[...]
+
+
+def head_dim(config: ModelConfig) -> int:
+    """Width of one head."""
+    return config.head_dim or config.d_model // config.n_heads
+
+
+def output_std(config: ModelConfig) -> float:
+    """Initial deviation of the maps that write to the residual stream (GPT-2's and Megatron's scaled init)."""
+    return config.init_std / (2 * config.layers) ** 0.5 if config.scaled_init else config.init_std
+
+
+def rope(x_BxTxNxH: Array, positions_BxT: Array, config: ModelConfig) -> Array:
+    """Rotary positions, half-rotation, on the leading `rope_fraction` of each head (Megatron's and Hugging Face's)."""
+    rotated = int(x_BxTxNxH.shape[-1] * config.rope_fraction)
+    frequency = config.rope_theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
+    angle_BxTx1xR = positions_BxT[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle_BxTx1xR), jnp.sin(angle_BxTx1xR)
+    first, second, rest = jnp.split(x_BxTxNxH, [rotated // 2, rotated], axis=-1)
+    a, b = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxNxH.dtype)
+    return jnp.concatenate([turned, rest], axis=-1)
+
+
+def rematerialise(layer: Any, policy: str) -> Any:
+    """The layer with its backward pass recomputing nothing, all but the matmuls' results, or everything."""
+    if policy == "none":
+        return layer
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(layer, policy=keep, prevent_cse=False)
+
+
+@functools.cache
+def attention_implementation(config: ModelConfig) -> str:
+    """The chosen kernel of `jax.nn.dot_product_attention`; cuDNN takes 16-bit heads of at most 128 on GPUs."""
+    if config.attention is not None:
+        return config.attention
+    width = head_dim(config)
+    fits = jnp.dtype(config.dtype).itemsize == 2 and width <= 128 and width % 8 == 0
+    chosen = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+    log.info("attention: %s (model.attention is not set)", chosen)
+    return chosen
+
+
+@functools.cache
+def _skeleton(config: ModelConfig) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))), nnx.Param)
+
+
+def param_shapes(config: ModelConfig) -> Params:
+    """The parameters' shapes and dtypes, as a nested dict."""
+    return nnx.to_pure_dict(_skeleton(config)[1])
+
+
+def init_params(config: ModelConfig, seed: jax.Array | int) -> Params:
+    """Fresh parameters as a nested dict of arrays; those below "layers" have a leading axis L."""
+    return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(seed)), nnx.Param))
+
+
+def bind(config: ModelConfig, params: Params) -> GPT:
+    """The module over these parameters."""
+    graph, shapes = _skeleton(config)
+    state = jax.tree.map(lambda x: x, shapes)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)

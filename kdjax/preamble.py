@@ -1,0 +1,64 @@
+"""What a run says before its first step: the configuration, the records, the size of things, the learning rate."""
+
+import os
+
+import jax
+import numpy as np
+
+from kdjax import config as configs
+from kdjax.config import Config
+from kdjax.data.dataset import Dataset
+from kdjax.model import param_shapes
+from kdjax.optim import schedule
+from kdjax.types import UserError
+
+GIB = 2**30
+
+
+def tell(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset, val_set: Dataset | None) -> None:
+    """Prints it all. Raises UserError when the state or the batches cannot fit in memory."""
+    changed = configs.differences(Config(), config)
+    print("configuration (where it differs from the defaults; all of it is in config.json):")
+    print("\n".join(f"  {key} = {value!r}" for key, _, value in changed))
+    for name, data in (("train", train_set), ("val", val_set)):
+        if data is not None:
+            print("\n".join(f"{name}: {line}" for line in data.summary()))
+    print(_sizes(config, mesh, train_set))
+    print(_rates(config), flush=True)
+
+
+def _sizes(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset) -> str:
+    leaves = jax.tree.leaves(param_shapes(config.model))
+    count = sum(int(np.prod(leaf.shape)) for leaf in leaves)
+    moments = {"adamw": 2, "lion": 1, "sgd": 1}[config.optim.name]
+    state = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves) + 4 * count * (moments + 1)
+    T, K = config.data.sequence_length, train_set.top_k
+    batch = config.batch.global_size * T * (8 * K + 16)
+    device = mesh.devices.flat[0]
+    stats = device.memory_stats() or {}
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    have = stats.get("bytes_limit", host // len(mesh.local_devices))
+    if state > have:
+        raise UserError(
+            f"parameters, gradients and optimiser state take {state / GIB:.1f} GiB ({count:,} parameters) and {device} has "
+            f"{have / GIB:.1f} GiB; a smaller model, or a device with more memory"
+        )
+    if batch * (config.data.prefetch + 1) > host:
+        raise UserError(
+            f"batch.global_size {config.batch.global_size} x data.sequence_length {T} x {K} teacher entries take "
+            f"{batch / GIB:.1f} GiB a batch, {config.data.prefetch + 1} at once, and the host has {host / GIB:.1f} GiB; lower "
+            "data.top_k, data.prefetch or batch.global_size"
+        )
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    return (
+        f"{count:,} parameters; {state / GIB:.2f} GiB of parameters, gradients and optimiser state on each device; "
+        f"{batch / 2**20:.1f} MiB a global batch; {mesh.size} x {device.device_kind} ({shape})"
+    )
+
+
+def _rates(config: Config) -> str:
+    steps, rate = config.train.steps, schedule(config.optim, config.train.steps)
+    marks = sorted(
+        {0, config.optim.warmup_steps, steps // 4, steps // 2, 3 * steps // 4, steps - 1} & set(range(steps))
+    )
+    return "learning rate: " + ", ".join(f"step {step}: {float(rate(step)):.3g}" for step in marks)

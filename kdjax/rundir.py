@@ -1,0 +1,60 @@
+"""The run directory: claimed for one configuration, and taken up again only with the same."""
+
+import logging
+from pathlib import Path
+
+from kdjax import config as configs
+from kdjax.config import Config
+from kdjax.types import UserError
+
+log = logging.getLogger("kdjax")
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Makes RUN and its config.json, or checks that the one there is the same. Also proves that RUN can be written.
+
+    Raises UserError with the difference when RUN belongs to another configuration.
+    """
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _compare(workdir, configs.from_json(path.read_text()), config)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(configs.to_json(config))
+        fresh.replace(path)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: cannot be written: {error}") from error
+
+
+def _compare(workdir: Path, old: Config, new: Config) -> None:
+    changed = configs.differences(old, new)
+    refused = [change for change in changed if not _may_change(change[0], new)]
+    if refused:
+        lines = "\n".join(f"  {key}: {before!r} there, {now!r} now" for key, before, now in refused)
+        hint = ""
+        if all(_is_data(key) for key, _, _ in refused):
+            hint = ", or set resume.allow_data_change=True to go on with other data"
+        raise UserError(
+            f"{workdir} holds a run with another configuration:\n{lines}\n"
+            f"Give the old values to take it up again, or another --workdir to start afresh{hint}."
+        )
+    for key, before, now in changed:
+        log.warning("%s taken up with %s = %r (was %r)", workdir, key, now, before)
+
+
+def _is_data(key: str) -> bool:
+    return key.startswith("data.") or key == "batch.global_size"
+
+
+def _may_change(key: str, new: Config) -> bool:
+    return configs.is_resumable(key) or (new.resume.allow_data_change and _is_data(key))
+
+
+def check_data(then: str, now: str, config: Config) -> None:
+    """Compares the fingerprint of the records a checkpoint was trained on with today's. Raises UserError if they differ."""
+    if then != now and not config.resume.allow_data_change:
+        raise UserError(
+            f"the training records changed since the checkpoint was saved (fingerprint {then} then, {now} now): going on "
+            "would repeat some and skip others. Restore them, use another --workdir, or set resume.allow_data_change=True"
+        )

@@ -1,0 +1,175 @@
+"""The pure steps: make a state, train on a global batch, evaluate one. Jitted once each.
+
+A step sees the whole global batch. Every device scans over its microbatches, adding up gradients and sums; then one
+all-reduce over the devices, one division, one update.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from kdjax import mesh as meshes
+from kdjax.config import Config
+from kdjax.losses import LossSums, linear_topk_kd_loss
+from kdjax.model import Params, bind, init_params
+from kdjax.optim import optimizer, schedule
+from kdjax.types import Batch, SumCount
+
+Metrics = dict[str, jax.Array]
+Sums = dict[str, SumCount]
+Tree = TypeVar("Tree")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What training carries from step to step, and all that a checkpoint needs besides the configuration."""
+
+    step: jax.Array  # int32 scalar: updates made or left out so far = position in the data
+    params: Params
+    opt_state: optax.OptState
+
+
+def init_state(config: Config, mesh: Mesh, params: Params | None = None) -> TrainState:
+    """A fresh state on the mesh, from `params` or newly drawn from `train.seed`."""
+
+    def make(seed: Array, params: Params | None) -> TrainState:
+        params = init_params(config.model, seed) if params is None else params
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer(config.optim).init(params))
+
+    return jax.jit(make, out_shardings=meshes.replicated(mesh))(jnp.asarray(config.train.seed), params)
+
+
+def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted update. Its metrics are device scalars, means in nats per token where they are losses.
+
+    A step whose gradient is not finite, or whose batch holds no unmasked token, changes nothing but the step number
+    and reports `skipped` = 1. The state is donated.
+    """
+    tx, rate = optimizer(config.optim), schedule(config.optim, config.train.steps)
+
+    def gradient(params: Params, batch: Batch) -> tuple[Params, Sums]:
+        microbatches = _split(batch, config.batch.microbatch_size)
+        differentiate = jax.grad(functools.partial(_objective, config), has_aux=True)
+        return meshes.sum_over_batch_axes(_scan_sum(functools.partial(differentiate, params), microbatches))
+
+    gradient = meshes.per_device(gradient, mesh, (meshes.REPLICATED, meshes.ROWS), meshes.REPLICATED)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, sums = gradient(state.params, batch)
+        divisor = jnp.maximum(sums["loss"].count, 1)
+        grads = jax.tree.map(lambda g: g / divisor, grads)
+        grad_norm, lr = optax.tree.norm(grads), rate(state.step)
+        directions, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, d: p - (lr * d).astype(p.dtype), state.params, directions)
+        tokens = sums["teacher_entropy"].count
+        sound = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss"].sum) & (tokens > 0)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        metrics = {name: pair.mean for name, pair in sums.items()}
+        metrics |= {
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": tokens,
+            "skipped": 1 - sound.astype(jnp.int32),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], Sums]:
+    """The jitted evaluation of one global batch: sums and counts a metric, to be added up over batches.
+
+    Both terms are measured whatever their weights, and always as means over tokens.
+    """
+    weights = config.loss.kd_loss_weight, config.loss.sft_loss_weight
+
+    def one(params: Params, microbatch: Batch) -> Sums:
+        sums = _loss_sums(config, params, microbatch, kd_loss_weight=1.0, sft_loss_weight=1.0)
+        sums = sums._replace(loss=weights[0] * sums.kd_loss + weights[1] * sums.sft_loss)
+        return _by_token(config, sums, microbatch)
+
+    def evaluate(params: Params, batch: Batch) -> Sums:
+        microbatches = _split(batch, config.batch.microbatch_size)
+        return meshes.sum_over_batch_axes(_scan_sum(functools.partial(one, params), microbatches))
+
+    return jax.jit(meshes.per_device(evaluate, mesh, (meshes.REPLICATED, meshes.ROWS), meshes.REPLICATED))
+
+
+def _objective(config: Config, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
+    """A microbatch's share of what is minimised, before the one division by the summed count of "loss"."""
+    weights = config.loss.kd_loss_weight, config.loss.sft_loss_weight
+    sums = _loss_sums(config, params, batch, kd_loss_weight=weights[0], sft_loss_weight=weights[1])
+    metrics = _by_token(config, sums, batch)
+    if config.loss.reduction == "nemo":  # every microbatch counts as one, however many tokens it holds
+        for name in ("loss", "kd_loss", "sft_loss"):
+            metrics[name] = SumCount(metrics[name].sum / jnp.maximum(sums.tokens, 1), jnp.ones(()))
+    return metrics["loss"].sum, metrics
+
+
+def _loss_sums(config: Config, params: Params, batch: Batch, **term_weights: float) -> LossSums:
+    model, loss = bind(config.model, params), config.loss
+    hidden_BxTxD = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
+    rows = None if loss.include_vocab_padding else config.model.vocab_size
+    return linear_topk_kd_loss(
+        hidden_BxTxD,
+        model.unembedding()[:rows].astype(hidden_BxTxD.dtype),
+        batch.topk_logits,
+        batch.topk_token_ids,
+        batch.labels,
+        batch.loss_mask,
+        kd_loss=loss.kd_loss,
+        logits_scale=loss.logits_scale,
+        target_logits_scale=loss.target_logits_scale,
+        cross_tokenizer=loss.cross_tokenizer,
+        tail=loss.tail,
+        log_sum_exp_logits=batch.log_sum_exp_logits,
+        jsd_beta=loss.jsd_beta,
+        implementation=loss.implementation,
+        **term_weights,
+    )
+
+
+def _by_token(config: Config, sums: LossSums, batch: Batch) -> Sums:
+    """The loss sums and the teacher's statistics, each over the microbatch's tokens."""
+    log_p_BxTxK = jax.nn.log_softmax(config.loss.target_logits_scale * batch.topk_logits.astype(jnp.float32))
+    totals = sums._asdict()
+    tokens = totals.pop("tokens")
+    totals["teacher_entropy"] = _masked_sum(batch, -jnp.sum(_xlogx(log_p_BxTxK), axis=-1))
+    if batch.log_sum_exp_logits is not None:
+        log_mass_BxT = jax.nn.logsumexp(batch.topk_logits, axis=-1) - batch.log_sum_exp_logits
+        totals["teacher_topk_mass"] = _masked_sum(batch, jnp.exp(log_mass_BxT))
+    return {name: SumCount(total, tokens) for name, total in totals.items()}
+
+
+def _xlogx(log_x: jax.Array) -> jax.Array:
+    """x log x from log x, 0 for x = 0."""
+    return jnp.where(jnp.isneginf(log_x), 0, jnp.exp(log_x) * log_x)
+
+
+def _masked_sum(batch: Batch, values_BxT: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(batch.loss_mask > 0, batch.loss_mask * values_BxT, 0))
+
+
+def _split(batch: Batch, microbatch_size: int) -> Batch:
+    """[B, ...] leaves as [M, B/M, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, microbatch_size, *x.shape[1:]), batch)
+
+
+def _scan_sum(f: Callable[[Batch], Tree], microbatches: Batch) -> Tree:
+    """The sum of `f` over the leading axis, one microbatch in memory at a time."""
+    first = jax.tree.map(lambda x: x[0], microbatches)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, first))
+    total, _ = jax.lax.scan(
+        lambda total, mb: (jax.tree.map(jnp.add, total, f(mb)), None), zeros, microbatches
+    )
+    return total

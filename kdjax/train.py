@@ -1,0 +1,216 @@
+"""Distil a student from cached teacher logits: `python -m kdjax.train --config FILE --workdir RUN`.
+
+RUN takes config.json, metrics.jsonl, tensorboard/ and checkpoints/. The same command takes an interrupted run up again
+where its last checkpoint left it, position in the data included.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+
+from kdjax import cli, metrics, preamble, rundir
+from kdjax import config as configs
+from kdjax import mesh as meshes
+from kdjax.checkpoint import RunCheckpoints, adopt_architecture, load_params
+from kdjax.config import Config
+from kdjax.data.dataset import Dataset, open_dataset
+from kdjax.data.loader import eval_batches, train_batches
+from kdjax.model import Params
+from kdjax.step import Sums, TrainState, init_state, make_eval_step, make_train_step
+from kdjax.types import Batch
+from kdjax.validate import resolve, validate
+
+log = logging.getLogger("kdjax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    state: TrainState
+    validation: dict[str, float] | None  # means of the last validation
+    ended: str  # "complete" | "stopped early" | "interrupted"
+
+
+def run(config: Config, workdir: Path, stop: threading.Event | None = None) -> Outcome:
+    """Trains to the last step, or until `stop` is set; saves, and returns.
+
+    Raises UserError for whatever in the configuration, the records or the run directory cannot work, before the first
+    step where that is possible.
+    """
+    config = resolve(adopt_architecture(config))
+    for warning in validate(config):
+        log.warning(warning)
+    rundir.claim(workdir, config)
+    mesh = meshes.make_mesh(config.mesh)
+    meshes.check_split(mesh, config.batch)
+    train_set = _open(config, config.data.train)
+    val_set = _open(config, config.data.val) if config.data.val else None
+    preamble.tell(config, mesh, train_set, val_set)
+
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(RunCheckpoints(workdir, config)))
+        state = _first_state(config, mesh, checkpoints, train_set.fingerprint)
+        start = int(state.step)
+        log_to = metrics.MetricLog(workdir, start, config.train.wandb_project, configs.flatten(config))
+        stack.enter_context(contextlib.closing(log_to))
+        progress = stack.enter_context(contextlib.closing(metrics.Progress(config.train.steps, start)))
+        trainer = Trainer(config, mesh, train_set, val_set, checkpoints, log_to, progress)
+        return trainer.run(state, stop or threading.Event())
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The loop, and what it is made of."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    train_set: Dataset
+    val_set: Dataset | None
+    checkpoints: RunCheckpoints
+    log_to: metrics.MetricLog
+    progress: metrics.Progress
+
+    def run(self, state: TrainState, stop: threading.Event) -> Outcome:
+        """From the state's step to the last; the metrics of a step are fetched while the next one runs."""
+        train, start, ended, validation = self.config.train, int(state.step), "complete", None
+        train_step = make_train_step(self.config, self.mesh)
+        recorder = metrics.Recorder(self.log_to, self.progress, train.log_every, train.max_skipped_steps)
+        if start == 0:
+            validation = self.validate(0, state.params)
+        recorder.pause()
+        for step, batch in enumerate(self.batches(start), start):
+            state, step_metrics = train_step(state, batch)
+            recorder.add(step, step_metrics)
+            done, last = step + 1, step + 1 == train.steps
+            validates = last or done % train.val_every == 0
+            if validates:
+                recorder.flush()
+                validation = self.validate(done, state.params)
+                ended = "stopped early" if self.has_stalled() else ended
+            if stop.is_set() and not last:
+                ended = "interrupted"
+            if last or done % train.save_every == 0 or ended != "complete":
+                recorder.flush()
+                meta = {"data": self.train_set.fingerprint}
+                self.checkpoints.save(state, meta, validation if validates else None)
+            if validates:
+                recorder.pause()
+            if ended != "complete":
+                break
+        recorder.flush()
+        self.checkpoints.wait()
+        return Outcome(state, validation, ended)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """The global batches of the steps from `start` on, on the devices."""
+        size, steps = self.config.batch.global_size, self.config.train.steps
+        rows = meshes.process_rows(self.mesh, size)
+        on_host = train_batches(
+            self.train_set, self.config.data, global_size=size, start_step=start, stop_step=steps, rows=rows
+        )
+        return (meshes.put_rows(self.mesh, batch) for batch in on_host)
+
+    def validate(self, step: int, params: Params) -> dict[str, float] | None:
+        """Means over the validation set after `step` updates, written and told; None without a set."""
+        if self.val_set is None:
+            return None
+        size = self.config.batch.global_size
+        rows = meshes.process_rows(self.mesh, size)
+        total: Sums | None = None
+        for batch in eval_batches(
+            self.val_set,
+            self.config.data,
+            global_size=size,
+            max_batches=self.config.train.val_batches,
+            rows=rows,
+        ):
+            sums = self._eval_step(params, meshes.put_rows(self.mesh, batch))
+            total = sums if total is None else {name: total[name] + sums[name] for name in sums}
+        assert total is not None  # a data set holds at least one record
+        means = {name: float(pair.mean) for name, pair in total.items()} | {
+            "tokens": float(total["loss"].count)
+        }
+        self.log_to.write(step, "val", means)
+        self.progress.say(f"step {step:<6} validation  {metrics.told(means)}")
+        return means
+
+    @functools.cached_property
+    def _eval_step(self) -> Callable[[Params, Batch], Sums]:
+        return make_eval_step(self.config, self.mesh)
+
+    def has_stalled(self) -> bool:
+        """Whether the last `early_stop_patience` validations all failed to improve on the best before them."""
+        patience = self.config.train.early_stop_patience
+        if patience is None:
+            return False
+        history = [line[self.config.checkpoint.best_metric] for line in self.log_to.lines("val")]
+        return len(history) > patience and min(history[-patience:]) >= min(history[:-patience])
+
+
+def _open(config: Config, paths: tuple[str, ...]) -> Dataset:
+    return open_dataset(
+        paths,
+        config.data,
+        vocab_size=config.model.padded_vocab_size
+        if config.loss.include_vocab_padding
+        else config.model.vocab_size,
+        tokenizer_sha256=config.model.tokenizer_sha256,
+        target_logits_scale=config.loss.target_logits_scale,
+        need_log_sum_exp=config.loss.tail == "ghost",
+    )
+
+
+def _first_state(
+    config: Config, mesh: jax.sharding.Mesh, checkpoints: RunCheckpoints, data: str
+) -> TrainState:
+    """The run's newest checkpoint; else model.init_from; else freshly drawn."""
+    params = None
+    if config.model.init_from is not None and checkpoints.latest_step() is None:
+        params = load_params(config.model.init_from, config.model, meshes.replicated(mesh))
+    state = init_state(config, mesh, params)
+    restored = checkpoints.restore(state)
+    if restored is None:
+        return state
+    state, meta = restored
+    rundir.check_data(meta["data"], data, config)
+    print(f"taken up after step {int(state.step)}", flush=True)
+    return state
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Ctrl-C or SIGTERM once: finish the step, save, leave with 130; twice: leave at once."""
+    parser = argparse.ArgumentParser(prog="python -m kdjax.train", description=__doc__)
+    parser.add_argument("--workdir", metavar="RUN", type=Path, required=True, help="directory of this run")
+    arguments, config = cli.parse(parser, argv)
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        print("\nstopping after this step; once more to stop at once", flush=True)
+        stop.set()
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    outcome = run(config, arguments.workdir, stop)
+    step, steps = int(outcome.state.step), config.train.steps
+    print(f"{outcome.ended} after step {step}/{steps}; metrics and checkpoints are in {arguments.workdir}")
+    if outcome.ended == "interrupted":
+        print("the same command takes it up again")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

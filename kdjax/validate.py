@@ -1,0 +1,237 @@
+"""One check of the whole configuration, before any device work: value, why it cannot work, what would."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Collection
+from typing import Any
+
+from kdjax.config import Config
+from kdjax.types import UserError
+
+CHOICES: dict[str, Collection[str]] = {
+    "model.position": ("rope", "learned"),
+    "model.norm": ("rmsnorm", "layernorm", "layernorm_1p"),
+    "model.activation": ("swiglu", "gelu", "gelu_tanh", "squared_relu"),
+    "model.dtype": ("bfloat16", "float16", "float32"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "layer"),
+    "model.attention": ("xla", "cudnn"),
+    "data.over_long": ("error", "drop", "truncate"),
+    "data.kind": ("logits", "log_probs", "probs"),
+    "loss.kd_loss": ("fwd_kl", "bwd_kl", "jsd"),
+    "loss.cross_tokenizer": ("rank_match",),
+    "loss.tail": ("renormalize", "ghost"),
+    "loss.reduction": ("token", "nemo"),
+    "loss.implementation": ("reference", "xla"),
+    "optim.name": ("adamw", "lion", "sgd"),
+    "optim.schedule": ("cosine", "constant", "wsd"),
+    "optim.decay_rule": ("megatron", "nemo"),
+    "checkpoint.best_metric": ("loss", "kd_loss", "sft_loss"),
+}
+POSITIVE = (
+    "model.layers model.d_model model.n_heads model.d_ff model.vocab_size model.n_groups model.head_dim "
+    "model.padded_vocab_size model.max_positions model.rope_theta model.norm_eps model.init_std "
+    "data.sequence_length data.top_k data.n_chunks data.n_examples_per_chunk data.read_threads data.prefetch "
+    "data.teacher_temperature batch.global_size batch.microbatch_size loss.logits_scale loss.target_logits_scale "
+    "optim.lr optim.eps optim.clip_norm train.steps train.val_every train.val_batches train.save_every train.log_every "
+    "train.early_stop_patience train.max_skipped_steps checkpoint.keep_last"
+).split()
+NOT_NEGATIVE = (
+    "data.max_bad_records loss.kd_loss_weight loss.sft_loss_weight optim.min_lr optim.warmup_steps optim.constant_steps "
+    "optim.weight_decay checkpoint.keep_best train.seed data.seed"
+).split()
+SHARES = {
+    "model.rope_fraction": (0, 1),
+    "optim.b1": (0, 1),
+    "optim.b2": (0, 1),
+}  # may be 0 or 1 where that makes sense
+WHY = {
+    "model.layers": "set it, or model.init_from to a converted checkpoint",
+    "optim.clip_norm": "None turns clipping off",
+    "train.steps": "set the number of updates",
+    "data.sequence_length": "set it to the length the records were made with",
+}
+
+
+def resolve(config: Config) -> Config:
+    """The configuration with what follows from other values filled in, ready to be validated, printed and saved."""
+    model, loss = config.model, config.loss
+    aliases: dict[Any, Any] = {True: "rank_match", False: None}  # NeMo-Aligner's spelling
+    cross_tokenizer = aliases.get(loss.cross_tokenizer, loss.cross_tokenizer)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            model,
+            n_groups=model.n_groups or model.n_heads,
+            head_dim=model.head_dim or model.d_model // max(model.n_heads, 1),
+            padded_vocab_size=model.padded_vocab_size or model.vocab_size,
+            max_positions=model.max_positions or config.data.sequence_length
+            if model.position == "learned"
+            else None,
+        ),
+        loss=dataclasses.replace(loss, cross_tokenizer=cross_tokenizer),
+    )
+
+
+def validate(config: Config) -> list[str]:
+    """Raises UserError at the first thing that cannot work; returns warnings about what can but rarely should."""
+    _choices(config)
+    _ranges(config)
+    _model(config)
+    _data_and_batch(config)
+    warnings = _loss(config)
+    _schedule(config)
+    _mesh(config)
+    return warnings
+
+
+def _fail(key: str, value: Any, reason: str) -> None:
+    raise UserError(f"{key} = {value!r}: {reason}")
+
+
+def _choices(config: Config) -> None:
+    for key, allowed in CHOICES.items():
+        if config[key] is not None and config[key] not in allowed:
+            _fail(key, config[key], f"choose one of {', '.join(allowed)}")
+
+
+def _ranges(config: Config) -> None:
+    for key in POSITIVE:
+        if config[key] is not None and not config[key] > 0:
+            _fail(key, config[key], WHY.get(key, "it must be greater than 0"))
+    for key in NOT_NEGATIVE:
+        if not config[key] >= 0:
+            _fail(key, config[key], "it must not be negative")
+    for key, (low, high) in SHARES.items():
+        if not low <= config[key] <= high:
+            _fail(key, config[key], f"it must lie between {low} and {high}")
+    if config.data.verify_records < -1:
+        _fail("data.verify_records", config.data.verify_records, "give a number of records, or -1 for all")
+
+
+def _model(config: Config) -> None:
+    model = config.model
+    groups, head_dim = model.n_groups or model.n_heads, model.head_dim or 0
+    if model.n_heads % groups:
+        near = max(g for g in range(1, model.n_heads + 1) if model.n_heads % g == 0 and g <= max(groups, 1))
+        _fail(
+            "model.n_groups",
+            groups,
+            f"it must divide model.n_heads = {model.n_heads}; the nearest that does is {near}",
+        )
+    if head_dim * model.n_heads != model.d_model and model.head_dim == model.d_model // model.n_heads:
+        _fail(
+            "model.d_model",
+            model.d_model,
+            f"it is no multiple of model.n_heads = {model.n_heads}; set model.head_dim",
+        )
+    if model.position == "rope" and int(head_dim * model.rope_fraction) % 2:
+        _fail(
+            "model.rope_fraction",
+            model.rope_fraction,
+            f"it rotates an odd number of the head's {head_dim} dimensions",
+        )
+    if (model.padded_vocab_size or model.vocab_size) < model.vocab_size:
+        _fail(
+            "model.padded_vocab_size",
+            model.padded_vocab_size,
+            f"it must be at least model.vocab_size = {model.vocab_size}",
+        )
+    if model.max_positions is not None and model.max_positions < config.data.sequence_length:
+        _fail(
+            "data.sequence_length",
+            config.data.sequence_length,
+            f"the model has {model.max_positions} learned positions",
+        )
+
+
+def _data_and_batch(config: Config) -> None:
+    data, batch, vocab = config.data, config.batch, config.model.vocab_size
+    if not data.train:
+        _fail("data.train", data.train, "name the files of training records")
+    if data.top_k is not None and data.top_k > vocab:
+        _fail("data.top_k", data.top_k, f"it exceeds model.vocab_size = {vocab}")
+    if batch.global_size % batch.microbatch_size:
+        near = max(m for m in range(1, batch.microbatch_size + 1) if batch.global_size % m == 0)
+        _fail(
+            "batch.microbatch_size",
+            batch.microbatch_size,
+            f"it must divide batch.global_size = {batch.global_size}; {near} does",
+        )
+    if config.train.early_stop_patience is not None and not data.val:
+        _fail("train.early_stop_patience", config.train.early_stop_patience, "stopping early needs data.val")
+    if config.checkpoint.keep_best and data.val and config.train.save_every % config.train.val_every:
+        near = max(config.train.save_every // config.train.val_every, 1) * config.train.val_every
+        _fail(
+            "train.save_every",
+            config.train.save_every,
+            f"keeping the best needs a validation before each save: a multiple of train.val_every = "
+            f"{config.train.val_every}, such as {near} (or checkpoint.keep_best = 0)",
+        )
+    if config.train.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        _fail(
+            "train.wandb_project",
+            config.train.wandb_project,
+            "wandb is not installed; pip install 'kdjax[wandb]'",
+        )
+
+
+def _loss(config: Config) -> list[str]:
+    loss, data = config.loss, config.data
+    if loss.kd_loss_weight == 0 and loss.sft_loss_weight == 0:
+        _fail(
+            "loss.kd_loss_weight",
+            0.0,
+            "loss.sft_loss_weight is 0 too, so there is nothing to learn; set one of them",
+        )
+    if not 0 < loss.jsd_beta < 1:
+        _fail("loss.jsd_beta", loss.jsd_beta, "it must lie strictly between 0 and 1")
+    if loss.tail == "ghost" and loss.target_logits_scale != 1:
+        _fail(
+            "loss.target_logits_scale",
+            loss.target_logits_scale,
+            "loss.tail = 'ghost' uses the stored logsumexp, which belongs to the unscaled logits; set it to 1",
+        )
+    if loss.target_logits_scale != 1 and data.teacher_temperature != 1:
+        _fail(
+            "loss.target_logits_scale",
+            loss.target_logits_scale,
+            f"data.teacher_temperature = {data.teacher_temperature} says that the stored logits are scaled already, so this "
+            "would be applied twice; set one of the two to 1",
+        )
+    warnings = []
+    if data.top_k == 1 and loss.tail == "renormalize" and loss.kd_loss_weight > 0:
+        warnings.append(
+            "data.top_k = 1 with loss.tail = 'renormalize': the KD term is identically 0; use tail = 'ghost'"
+        )
+    return warnings
+
+
+def _schedule(config: Config) -> None:
+    optim, steps = config.optim, config.train.steps
+    if optim.schedule != "constant" and optim.min_lr > optim.lr:
+        _fail(
+            "optim.min_lr",
+            optim.min_lr,
+            f"it exceeds optim.lr = {optim.lr}; set it at or below (NeMo's default: lr / 33)",
+        )
+    if optim.schedule == "constant" and optim.constant_steps:
+        _fail(
+            "optim.constant_steps", optim.constant_steps, "the constant schedule does not use it; set it to 0"
+        )
+    if optim.schedule != "constant" and optim.warmup_steps + optim.constant_steps >= steps:
+        _fail(
+            "optim.constant_steps" if optim.constant_steps else "optim.warmup_steps",
+            optim.constant_steps or optim.warmup_steps,
+            f"warmup_steps {optim.warmup_steps} + constant_steps {optim.constant_steps} leave none of train.steps = {steps} "
+            f"for the decay; together they may be at most {steps - 1}",
+        )
+
+
+def _mesh(config: Config) -> None:
+    for axis in ("pipe", "fsdp", "tensor"):
+        size = getattr(config.mesh, axis)
+        if size != 1:
+            _fail(f"mesh.{axis}", size, "this version splits the batch only (mesh.data); set it to 1")
+    if config.mesh.data != -1 and config.mesh.data < 1:
+        _fail("mesh.data", config.mesh.data, "give the number of devices, or -1 for all")

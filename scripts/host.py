@@ -1,0 +1,40 @@
+"""What the measuring scripts say of the machine and of their own process. Standard library only."""
+
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+MIB = 2**20
+
+
+def threads() -> int:
+    """Cores this process may run on; both sides of every comparison use them all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def rss_bytes() -> int:
+    """Resident memory now; where there is no /proc, the highest so far."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_rss_bytes()
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_rss_bytes() -> int:
+    """The highest resident memory of this process.
+
+    Linux lets a child start from the value of the process that spawned it, so spawn from a small one.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe() -> str:
+    """The processor, the cores in use, the memory and the system, in one line."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{models[0] if models else platform.machine()}, {threads()} cores, {memory:.0f} GiB, {platform.system()}"

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Makes .venv with kdjax and its development tools in it; quick when nothing changed. Prints the interpreter's path.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+find_python() {
+    for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "kdjax needs Python 3.11 or newer; put one on the PATH or name it: PYTHON=/path/to/python3 $0" >&2
+    return 1
+}
+
+python=$(find_python)
+stamp="$root/.venv/kdjax.stamp"
+want="$("$python" -VV; cat "$root/pyproject.toml"; echo "$root")"
+if [[ ! -f $stamp || $(cat "$stamp") != "$want" ]]; then
+    echo "setting up $root/.venv (a few minutes the first time)" >&2
+    "$python" -m venv --clear "$root/.venv" || {
+        echo "the venv module is missing; on Debian and Ubuntu: apt install python3-venv" >&2
+        exit 1
+    }
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root[dev]" >&2
+    printf '%s\n' "$want" >"$stamp"
+fi
+echo "$root/.venv/bin/python"

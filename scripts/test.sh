@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Sets up, then runs the gate: lint, format, types, tests. Arguments go on to pytest.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=$("$here/setup.sh")
+cd "$here/.."
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m mypy
+exec "$python" -m pytest "$@"

@@ -1,0 +1,124 @@
+"""Every configuration that cannot work is refused with its key, its value and what would."""
+
+import pytest
+
+from kdjax import config as configs
+from kdjax.config import Config
+from kdjax.types import UserError
+from kdjax.validate import CHOICES, NOT_NEGATIVE, POSITIVE, SHARES, resolve, validate
+
+GOOD = resolve(
+    configs.build(
+        {
+            "model": {"layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 64, "vocab_size": 100},
+            "data": {"train": "train.jsonl", "val": "val.jsonl", "sequence_length": 16},
+            "batch": {"global_size": 8, "microbatch_size": 4},
+            "train": {"steps": 50},
+        }
+    )
+)
+
+
+def changed(**changes: object) -> Config:
+    return resolve(configs.replace(GOOD, **changes))
+
+
+def test_a_good_one_passes_without_warnings() -> None:
+    assert validate(GOOD) == []
+
+
+def test_what_follows_is_filled_in() -> None:
+    assert (GOOD.model.n_groups, GOOD.model.head_dim, GOOD.model.padded_vocab_size) == (4, 8, 100)
+    assert GOOD.model.max_positions is None
+    assert changed(model__position="learned").model.max_positions == 16
+    assert changed(loss__cross_tokenizer=True).loss.cross_tokenizer == "rank_match"
+    assert changed(loss__cross_tokenizer=False).loss.cross_tokenizer is None
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_unknown_choices_list_the_known(key: str) -> None:
+    with pytest.raises(UserError, match=rf"{key} = 'typo': choose one of .*{next(iter(CHOICES[key]))}"):
+        validate(configs.replace(GOOD, **{key.replace(".", "__"): "typo"}))
+
+
+@pytest.mark.parametrize("key", POSITIVE)
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_positive_numbers(key: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"{key} = (0|-1|nan): "):
+        validate(configs.replace(GOOD, **{key.replace(".", "__"): value}))
+
+
+@pytest.mark.parametrize("key", NOT_NEGATIVE)
+def test_numbers_that_may_be_zero_but_not_less(key: str) -> None:
+    with pytest.raises(UserError, match=rf"{key} = -1: it must not be negative"):
+        validate(configs.replace(GOOD, **{key.replace(".", "__"): -1}))
+
+
+@pytest.mark.parametrize("key", SHARES)
+def test_shares(key: str) -> None:
+    with pytest.raises(UserError, match=rf"{key} = 1.5: it must lie between 0 and 1"):
+        validate(configs.replace(GOOD, **{key.replace(".", "__"): 1.5}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model__n_groups": 3},
+            r"model.n_groups = 3: it must divide model.n_heads = 4; the nearest that does is 2",
+        ),
+        ({"model__d_model": 33}, r"model.d_model = 33: it is no multiple of model.n_heads = 4"),
+        ({"model__rope_fraction": 0.4}, r"model.rope_fraction = 0.4: it rotates an odd number"),
+        (
+            {"model__padded_vocab_size": 99},
+            r"padded_vocab_size = 99: it must be at least model.vocab_size = 100",
+        ),
+        (
+            {"model__position": "learned", "model__max_positions": 8},
+            r"data.sequence_length = 16: the model has 8 learned positions",
+        ),
+        ({"data__train": ()}, r"data.train = \(\): name the files"),
+        ({"data__top_k": 101}, r"data.top_k = 101: it exceeds model.vocab_size = 100"),
+        ({"data__verify_records": -2}, r"data.verify_records = -2"),
+        (
+            {"batch__microbatch_size": 3},
+            r"batch.microbatch_size = 3: it must divide batch.global_size = 8; 2 does",
+        ),
+        (
+            {"data__val": (), "train__early_stop_patience": 2},
+            r"early_stop_patience = 2: stopping early needs data.val",
+        ),
+        ({"train__save_every": 150}, r"train.save_every = 150: .* such as 100"),
+        ({"train__wandb_project": "x"}, r"wandb is not installed; pip install 'kdjax\[wandb\]'"),
+        (
+            {"loss__kd_loss_weight": 0.0},
+            r"loss.kd_loss_weight = 0.0: loss.sft_loss_weight is 0 too, so there is nothing to learn",
+        ),
+        ({"loss__jsd_beta": 1.0}, r"loss.jsd_beta = 1.0: it must lie strictly between 0 and 1"),
+        (
+            {"loss__tail": "ghost", "loss__target_logits_scale": 0.5},
+            r"target_logits_scale = 0.5: .*logsumexp.*set it to 1",
+        ),
+        (
+            {"data__teacher_temperature": 2.0, "loss__target_logits_scale": 0.5},
+            r"target_logits_scale = 0.5: data.teacher_temperature = 2.0 .*applied twice",
+        ),
+        ({"optim__lr": 1e-7}, r"optim.min_lr = 9e-07: it exceeds optim.lr = 1e-07"),
+        (
+            {"optim__schedule": "constant", "optim__constant_steps": 5},
+            r"optim.constant_steps = 5: .*does not use it",
+        ),
+        ({"optim__constant_steps": 1000}, r"optim.constant_steps = 1000: .*at most 49"),
+        ({"optim__warmup_steps": 50}, r"optim.warmup_steps = 50: .*at most 49"),
+        ({"mesh__pipe": 2}, r"mesh.pipe = 2: this version splits the batch only"),
+        ({"mesh__data": 0}, r"mesh.data = 0: give the number of devices, or -1"),
+    ],
+)
+def test_what_cannot_work(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(changed(**changes))
+
+
+def test_top_1_renormalised_is_warned_about() -> None:
+    assert "identically 0" in validate(changed(data__top_k=1))[0]
+    assert validate(changed(data__top_k=1, loss__tail="ghost")) == []
