@@ -20,9 +20,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     config.model = model = ConfigDict()
-    model.init_from = placeholder(
-        str
-    )  # the weights the other run started from; without them only the shapes agree
+    model.init_from = placeholder(str)  # the weights the other run started from; without them only the shapes agree
     model.layers = 4
     model.d_model = 64
     model.n_heads = 4

@@ -57,9 +57,7 @@ class RunCheckpoints:
             opt_state=ocp.args.StandardSave(state.opt_state),
             meta=ocp.args.JsonSave(dict(meta)),
         )
-        self._manager.save(
-            int(state.step), args=items, metrics=None if metrics is None else dict(metrics), force=True
-        )
+        self._manager.save(int(state.step), args=items, metrics=None if metrics is None else dict(metrics), force=True)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -90,9 +88,7 @@ class RunCheckpoints:
                 )
                 continue
             number = jax.device_put(like.step * 0 + step, like.step.sharding)
-            return dataclasses.replace(
-                like, step=number, params=found.params, opt_state=found.opt_state
-            ), found.meta
+            return dataclasses.replace(like, step=number, params=found.params, opt_state=found.opt_state), found.meta
         if steps:
             raise UserError(
                 f"none of the checkpoints {steps} in {self._directory} can be read; move it away to start afresh"
@@ -125,14 +121,10 @@ def load_model(path: Path | str, *, dtype: str = "float32") -> GPT:
     return bind(config, load_params(path, config))
 
 
-def load_params(
-    path: Path | str, config: ModelConfig, sharding: jax.sharding.Sharding | None = None
-) -> Params:
+def load_params(path: Path | str, config: ModelConfig, sharding: jax.sharding.Sharding | None = None) -> Params:
     """A model's parameters in `config.param_dtype`, restored directly into `sharding` (default: the first device)."""
     where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), param_shapes(config)
-    )
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), param_shapes(config))
     source = _params_directory(Path(path))
     try:
         with ocp.StandardCheckpointer() as checkpointer:

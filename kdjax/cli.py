@@ -22,9 +22,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.allow_abbrev = False
-    parser.epilog = "any knob of the configuration, with its default:\n\n" + "\n".join(describe()).replace(
-        "%", "%%"
-    )
+    parser.epilog = "any knob of the configuration, with its default:\n\n" + "\n".join(describe()).replace("%", "%%")
     arguments, rest = parser.parse_known_args(argv)
     return arguments, build(load(Path(arguments.config)), overrides(rest))
 

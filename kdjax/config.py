@@ -52,18 +52,14 @@ class ModelConfig:
     param_dtype: str = knob("float32", "dtype of the master weights: float32 | bfloat16")
     remat: str = knob("layer", "what the backward pass recomputes: none | dots (all but matmuls) | layer")
     attention: str | None = knob(None, "xla | cudnn; None: cudnn where it can run, else xla")
-    tokenizer_sha256: str | None = knob(
-        None, "digest of the tokenizer file, compared with the data's manifest"
-    )
+    tokenizer_sha256: str | None = knob(None, "digest of the tokenizer file, compared with the data's manifest")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Records of teacher logits. Paths may be files, globs, or templates whose file name holds CHUNK_ID."""
 
-    train: tuple[str, ...] = knob(
-        (), "training records: comma-separated paths (.jsonl, .jsonl.gz, .jsonl.zst)"
-    )
+    train: tuple[str, ...] = knob((), "training records: comma-separated paths (.jsonl, .jsonl.gz, .jsonl.zst)")
     val: tuple[str, ...] = knob((), "validation records; empty: no validation")
     sequence_length: int = knob(0, "positions a row; shorter records are padded with loss mask 0")
     top_k: int | None = knob(None, "teacher entries used per position, largest first; None: all stored")
@@ -71,8 +67,8 @@ class DataConfig:
     seed: int = knob(1234, "seed of the order")
     pack: bool = knob(False, "put several short records in a row, kept apart by segment ids")
     over_long: str = knob("error", "records longer than sequence_length: error | drop | truncate")
-    n_chunks: int | None = knob(None, "files behind each CHUNK_ID template; None: those found")
-    n_examples_per_chunk: int | None = knob(None, "records each chunk must hold; None: whatever it holds")
+    n_chunks: int | None = knob(None, "files behind data.train's CHUNK_ID template; None: those found")
+    n_examples_per_chunk: int | None = knob(None, "records each chunk of data.train must hold; None: whatever it holds")
     kind: str = knob("logits", "what topk_logits holds: logits (any shift) | log_probs | probs")
     teacher_temperature: float = knob(1.0, "temperature the stored logits were already divided by")
     strict: bool = knob(False, "refuse unsorted rows and duplicate ids instead of mending them")
@@ -105,18 +101,12 @@ class LossConfig:
     sft_loss_weight: float = knob(0.0, "weight of the cross-entropy with the labels")
     logits_scale: float = knob(1.0, "multiplies the student's logits in both terms (1 / temperature)")
     target_logits_scale: float = knob(1.0, "multiplies the teacher's logits (1 / temperature)")
-    cross_tokenizer: str | bool | None = knob(
-        None, "rank_match: compare sorted top-k values, ignore the teacher's ids"
-    )
+    cross_tokenizer: str | bool | None = knob(None, "rank_match: compare sorted top-k values, ignore the teacher's ids")
     tail: str = knob("renormalize", "mass outside the top-k: renormalize (drop) | ghost (one more bucket)")
     jsd_beta: float = knob(0.5, "weight of the teacher in jsd's mixture, between 0 and 1")
-    reduction: str = knob(
-        "token", "token: mean over the global batch's tokens | nemo: mean of microbatch means"
-    )
+    reduction: str = knob("token", "token: mean over the global batch's tokens | nemo: mean of microbatch means")
     implementation: str | None = knob(None, "reference | xla; None: the fastest that can run")
-    include_vocab_padding: bool = knob(
-        False, "let the padded vocabulary rows into the softmax, as Megatron does"
-    )
+    include_vocab_padding: bool = knob(False, "let the padded vocabulary rows into the softmax, as Megatron does")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +118,7 @@ class OptimConfig:
     min_lr: float = knob(9e-7, "last learning rate of cosine and wsd")
     schedule: str = knob("cosine", "cosine (NeMo's CosineAnnealing) | constant | wsd (warm up, hold, decay)")
     warmup_steps: int = knob(10, "steps of linear warm-up")
-    constant_steps: int = knob(
-        0, "cosine: steps held at min_lr at the end; wsd: steps held at lr before the decay"
-    )
+    constant_steps: int = knob(0, "cosine: steps held at min_lr at the end; wsd: steps held at lr before the decay")
     b1: float = knob(0.9, "decay of the first moment (momentum for sgd)")
     b2: float = knob(0.98, "decay of the second moment")
     eps: float = knob(1e-8, "added to the root of the second moment")
@@ -149,9 +137,7 @@ class TrainConfig:
     save_every: int = knob(100, "steps between checkpoints; the last step always saves")
     log_every: int = knob(1, "steps between lines of metrics.jsonl", resumable=True)
     seed: int = knob(0, "seed of the initial weights")
-    early_stop_patience: int | None = knob(
-        None, "validations without improvement before stopping; None: never"
-    )
+    early_stop_patience: int | None = knob(None, "validations without improvement before stopping; None: never")
     max_skipped_steps: int = knob(8, "non-finite steps in a row, each left out, before the run stops")
     wandb_project: str | None = knob(None, "also log to this Weights & Biases project", resumable=True)
 
@@ -172,9 +158,7 @@ class CheckpointConfig:
 
     keep_last: int = knob(2, "newest checkpoints kept", resumable=True)
     keep_best: int = knob(1, "best checkpoints kept besides, by best_metric; 0: none", resumable=True)
-    best_metric: str = knob(
-        "loss", "validation metric to keep and stop by: loss | kd_loss | sft_loss", resumable=True
-    )
+    best_metric: str = knob("loss", "validation metric to keep and stop by: loss | kd_loss | sft_loss", resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,9 +192,7 @@ KNOBS: dict[str, "dataclasses.Field[Any]"] = {
     f"{group}.{field.name}": field for group, cls in GROUPS.items() for field in dataclasses.fields(cls)
 }
 TYPES: dict[str, Any] = {
-    f"{group}.{name}": kind
-    for group, cls in GROUPS.items()
-    for name, kind in typing.get_type_hints(cls).items()
+    f"{group}.{name}": kind for group, cls in GROUPS.items() for name, kind in typing.get_type_hints(cls).items()
 }
 
 
@@ -246,9 +228,7 @@ def replace(config: Config, **changes: Any) -> Config:
     """A copy with dotted keys replaced, written with a double underscore: `replace(c, optim__lr=1e-3)`."""
     for name, value in changes.items():
         group, key = name.split("__")
-        config = dataclasses.replace(
-            config, **{group: dataclasses.replace(getattr(config, group), **{key: value})}
-        )
+        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{key: value})})
     return config
 
 
@@ -288,9 +268,7 @@ def _known(name: str, known: Mapping[str, Any], what: str) -> str:
         return name
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     same_key = [k for k in known if k.partition(".")[2] == name.rpartition(".")[2]]
-    hint = (
-        f"; did you mean {(same_key or near)[0]!r}?" if same_key or near else f"; known: {', '.join(known)}"
-    )
+    hint = f"; did you mean {(same_key or near)[0]!r}?" if same_key or near else f"; known: {', '.join(known)}"
     raise UserError(f"unknown config {what} {name!r}{hint}")
 
 
@@ -305,12 +283,7 @@ def _typed(dotted: str, value: Any) -> Any:
             return None
         if kind in (bool, str) and isinstance(value, kind):
             return value
-        if (
-            kind is int
-            and isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and value == int(value)
-        ):
+        if kind is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
             return int(value)
         if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)

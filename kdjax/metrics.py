@@ -36,9 +36,7 @@ class MetricLog:
         if wandb_project is not None:
             import wandb
 
-            self._wandb = wandb.init(
-                project=wandb_project, dir=str(workdir), config=dict(config or {}), resume="allow"
-            )
+            self._wandb = wandb.init(project=wandb_project, dir=str(workdir), config=dict(config or {}), resume="allow")
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """One line and one point a metric. Values that are not finite are written as null."""
@@ -99,7 +97,7 @@ class Recorder:
         if self._pending is None:
             return
         (step, device_metrics), self._pending = self._pending, None
-        values = {name: float(value) for name, value in device_metrics.items()}
+        values = {name: value.item() for name, value in device_metrics.items()}
         now = time.monotonic()
         values["step_time_s"], self._since = now - self._since, now
         values["tokens_per_s"] = values["tokens"] / values["step_time_s"]
@@ -119,9 +117,7 @@ class Recorder:
             log.warning("step %d left out: its batch holds no unmasked token", step)
         else:
             self._in_a_row += 1
-            log.warning(
-                "step %d left out: loss %s, gradient norm %s", step, values["loss"], values["grad_norm"]
-            )
+            log.warning("step %d left out: loss %s, gradient norm %s", step, values["loss"], values["grad_norm"])
             if self._in_a_row >= self._max_skipped:
                 raise UserError(
                     f"loss or gradient was not finite for {self._in_a_row} steps in a row, up to step {step}; a lower optim.lr, "
@@ -137,9 +133,7 @@ class Progress:
     def __init__(self, total: int, start: int):
         self._total, self._start, self._began, self._said = total, start, time.monotonic(), -math.inf
         self._bar = (
-            tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
-            if sys.stderr.isatty()
-            else None
+            tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
         )
 
     def update(self, step: int, values: Mapping[str, float]) -> None:

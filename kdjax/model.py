@@ -265,9 +265,9 @@ def param_shapes(config: ModelConfig) -> Params:
     return nnx.to_pure_dict(_skeleton(config)[1])
 
 
-def init_params(config: ModelConfig, seed: jax.Array | int) -> Params:
-    """Fresh parameters as a nested dict of arrays; those below "layers" have a leading axis L."""
-    return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(seed)), nnx.Param))
+def init_params(config: ModelConfig, key: jax.Array | int) -> Params:
+    """Fresh parameters as a nested dict of arrays, drawn from a key or seed; those below "layers" have a leading axis L."""
+    return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key)), nnx.Param))
 
 
 def bind(config: ModelConfig, params: Params) -> GPT:

@@ -40,11 +40,11 @@ class TrainState:
 def init_state(config: Config, mesh: Mesh, params: Params | None = None) -> TrainState:
     """A fresh state on the mesh, from `params` or newly drawn from `train.seed`."""
 
-    def make(seed: Array, params: Params | None) -> TrainState:
-        params = init_params(config.model, seed) if params is None else params
+    def make(key: Array, params: Params | None) -> TrainState:
+        params = init_params(config.model, key) if params is None else params
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer(config.optim).init(params))
 
-    return jax.jit(make, out_shardings=meshes.replicated(mesh))(jnp.asarray(config.train.seed), params)
+    return jax.jit(make, out_shardings=meshes.replicated(mesh))(jax.random.key(config.train.seed), params)
 
 
 def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -169,7 +169,5 @@ def _scan_sum(f: Callable[[Batch], Tree], microbatches: Batch) -> Tree:
     """The sum of `f` over the leading axis, one microbatch in memory at a time."""
     first = jax.tree.map(lambda x: x[0], microbatches)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, first))
-    total, _ = jax.lax.scan(
-        lambda total, mb: (jax.tree.map(jnp.add, total, f(mb)), None), zeros, microbatches
-    )
+    total, _ = jax.lax.scan(lambda total, mb: (jax.tree.map(jnp.add, total, f(mb)), None), zeros, microbatches)
     return total

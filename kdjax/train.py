@@ -22,7 +22,7 @@ from kdjax import cli, metrics, preamble, rundir
 from kdjax import config as configs
 from kdjax import mesh as meshes
 from kdjax.checkpoint import RunCheckpoints, adopt_architecture, load_params
-from kdjax.config import Config
+from kdjax.config import Config, DataConfig
 from kdjax.data.dataset import Dataset, open_dataset
 from kdjax.data.loader import eval_batches, train_batches
 from kdjax.model import Params
@@ -42,8 +42,13 @@ class Outcome:
     ended: str  # "complete" | "stopped early" | "interrupted"
 
 
-def run(config: Config, workdir: Path, stop: threading.Event | None = None) -> Outcome:
-    """Trains to the last step, or until `stop` is set; saves, and returns.
+def run(
+    config: Config,
+    workdir: Path,
+    stop: threading.Event | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Outcome:
+    """Trains on `devices` (default: all) to the last step, or until `stop` is set; saves, and returns.
 
     Raises UserError for whatever in the configuration, the records or the run directory cannot work, before the first
     step where that is possible.
@@ -52,10 +57,11 @@ def run(config: Config, workdir: Path, stop: threading.Event | None = None) -> O
     for warning in validate(config):
         log.warning(warning)
     rundir.claim(workdir, config)
-    mesh = meshes.make_mesh(config.mesh)
+    mesh = meshes.make_mesh(config.mesh, devices)
     meshes.check_split(mesh, config.batch)
-    train_set = _open(config, config.data.train)
-    val_set = _open(config, config.data.val) if config.data.val else None
+    train_set = _open(config, config.data, config.data.train)
+    any_chunks = dataclasses.replace(config.data, n_chunks=None, n_examples_per_chunk=None)
+    val_set = _open(config, any_chunks, config.data.val) if config.data.val else None
     preamble.tell(config, mesh, train_set, val_set)
 
     with contextlib.ExitStack() as stack:
@@ -138,9 +144,7 @@ class Trainer:
             sums = self._eval_step(params, meshes.put_rows(self.mesh, batch))
             total = sums if total is None else {name: total[name] + sums[name] for name in sums}
         assert total is not None  # a data set holds at least one record
-        means = {name: float(pair.mean) for name, pair in total.items()} | {
-            "tokens": float(total["loss"].count)
-        }
+        means = {name: float(pair.mean) for name, pair in total.items()} | {"tokens": float(total["loss"].count)}
         self.log_to.write(step, "val", means)
         self.progress.say(f"step {step:<6} validation  {metrics.told(means)}")
         return means
@@ -158,22 +162,19 @@ class Trainer:
         return len(history) > patience and min(history[-patience:]) >= min(history[:-patience])
 
 
-def _open(config: Config, paths: tuple[str, ...]) -> Dataset:
+def _open(config: Config, data: DataConfig, paths: tuple[str, ...]) -> Dataset:
     return open_dataset(
         paths,
-        config.data,
-        vocab_size=config.model.padded_vocab_size
-        if config.loss.include_vocab_padding
-        else config.model.vocab_size,
+        data,
+        vocab_size=config.model.padded_vocab_size if config.loss.include_vocab_padding else config.model.vocab_size,
         tokenizer_sha256=config.model.tokenizer_sha256,
         target_logits_scale=config.loss.target_logits_scale,
         need_log_sum_exp=config.loss.tail == "ghost",
+        ignore_teacher_ids=config.loss.cross_tokenizer is not None,
     )
 
 
-def _first_state(
-    config: Config, mesh: jax.sharding.Mesh, checkpoints: RunCheckpoints, data: str
-) -> TrainState:
+def _first_state(config: Config, mesh: jax.sharding.Mesh, checkpoints: RunCheckpoints, data: str) -> TrainState:
     """The run's newest checkpoint; else model.init_from; else freshly drawn."""
     params = None
     if config.model.init_from is not None and checkpoints.latest_step() is None:

@@ -65,9 +65,7 @@ def resolve(config: Config) -> Config:
             n_groups=model.n_groups or model.n_heads,
             head_dim=model.head_dim or model.d_model // max(model.n_heads, 1),
             padded_vocab_size=model.padded_vocab_size or model.vocab_size,
-            max_positions=model.max_positions or config.data.sequence_length
-            if model.position == "learned"
-            else None,
+            max_positions=model.max_positions or config.data.sequence_length if model.position == "learned" else None,
         ),
         loss=dataclasses.replace(loss, cross_tokenizer=cross_tokenizer),
     )
@@ -216,9 +214,7 @@ def _schedule(config: Config) -> None:
             f"it exceeds optim.lr = {optim.lr}; set it at or below (NeMo's default: lr / 33)",
         )
     if optim.schedule == "constant" and optim.constant_steps:
-        _fail(
-            "optim.constant_steps", optim.constant_steps, "the constant schedule does not use it; set it to 0"
-        )
+        _fail("optim.constant_steps", optim.constant_steps, "the constant schedule does not use it; set it to 0")
     if optim.schedule != "constant" and optim.warmup_steps + optim.constant_steps >= steps:
         _fail(
             "optim.constant_steps" if optim.constant_steps else "optim.warmup_steps",

@@ -1,8 +1,9 @@
 """The peer that kdjax is measured against: the same student and updates in plain eager torch.
 
-The loss of the objectives sft, nemo and kd is NeMo-Aligner's algorithm (its `_TopKLogitsCrossEntropy`, at tensor-parallel
-size 1) restated pass by pass: what it reads, writes and keeps of the [tokens, vocabulary] arrays is kept here, because time
-and memory come from there. The ghost objectives, which NeMo-Aligner lacks, are written with torch's autograd.
+The loss of the objectives sft, nemo and kd is NeMo-Aligner's algorithm (its `_TopKLogitsCrossEntropy`, at
+tensor-parallel size 1) restated pass by pass: what it reads, writes and keeps of the [tokens, vocabulary] arrays
+is kept here, because time and memory come from there. The ghost objectives, which NeMo-Aligner lacks, are
+written with torch's autograd.
 
     python scripts/torch_peer.py --mode train --objective nemo --steps 100   # one line of JSON a validation
     python scripts/torch_peer.py --mode time --steps 20                      # one line of JSON: time and memory
@@ -104,9 +105,7 @@ class Attention(nn.Module):
         q, k, v = (f(x).view(B, T, -1, H).transpose(1, 2) for f in (self.q, self.k, self.v))
         q, k = (y * cos_TxH + half_turn(y) * sin_TxH for y in (q, k))
         k, v = (y.repeat_interleave(N // G, dim=1) for y in (k, v))
-        return self.o(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, N * H)
-        )
+        return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, N * H))
 
 
 class Layer(nn.Module):
@@ -154,9 +153,9 @@ def half_turn(x: Tensor) -> Tensor:
 class NemoLoss(torch.autograd.Function):
     """NeMo-Aligner's forward KL on the top-k and cross-entropy, on scaled logits [B, T, V]; losses [B, T].
 
-    The comments count passes over [B, T, V] (R reads, W writes), the caller's scaling (R+W forward, R+W backward) excluded.
-    As there, the backward pass assigns gradients by id, so an id must not occur twice at one position, and it overwrites the
-    saved softmax, so it runs once.
+    The comments count passes over [B, T, V] (R reads, W writes); the caller's scaling adds R+W forward and R+W
+    backward. As there, the backward pass assigns gradients by id, so an id must not occur twice at one position,
+    and it overwrites the saved softmax, so it runs once.
     """
 
     @staticmethod
@@ -213,9 +212,7 @@ def ghost_loss(logits: Tensor, batch: Batch, objective: Objective) -> Tensor:
 
 def with_rest(log_p: Tensor) -> Tensor:
     """K log-probabilities and the logarithm of what they leave of 1."""
-    log_mass = log_p.logsumexp(-1, keepdim=True).clamp(
-        max=-1e-6
-    )  # stored logits are rounded: a sum may pass 1
+    log_mass = log_p.logsumexp(-1, keepdim=True).clamp(max=-1e-6)  # stored logits are rounded: a sum may pass 1
     return torch.cat((log_p, torch.log(-torch.expm1(log_mass))), dim=-1)
 
 
@@ -244,9 +241,7 @@ def learning_rate(step: int, steps: int) -> float:
     return MIN_LR + 0.5 * (LR - MIN_LR) * (1 + math.cos(math.pi * share))
 
 
-def update(
-    student: Student, optimizer: torch.optim.AdamW, batch: Batch, objective: Objective, lr: float
-) -> Tensor:
+def update(student: Student, optimizer: torch.optim.AdamW, batch: Batch, objective: Objective, lr: float) -> Tensor:
     """One step on one batch; its loss, a mean over unmasked tokens, as it was before."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -297,19 +292,20 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def time_steps(arguments: argparse.Namespace) -> None:
-    """Prints one line of JSON: the first step's time apart, then the median of the others, and this process's memory."""
+    """Prints one line of JSON: the first step apart, the median of the others, and this process's memory."""
     objective, steps = OBJECTIVES[arguments.objective], arguments.steps
     student, optimizer, batches = setup(arguments)
     before, times, losses = host.rss_bytes(), [], []
     for step in range(steps + 1):
         batch = next(batches)
         start = time.perf_counter()
-        loss = update(student, optimizer, batch, objective, learning_rate(step, steps + 1))
+        loss = update(student, optimizer, batch, objective, learning_rate(step, steps + 100))
         times.append(time.perf_counter() - start)
         losses.append(float(loss))
     median = statistics.median(times[1:])
     result = {
         "median_step_s": median,
+        "fastest_step_s": min(times[1:]),
         "tokens_per_s": batch.tokens.numel() / median,
         "first_step_s": times[0],
         "peak_rss_bytes": host.peak_rss_bytes(),
@@ -331,23 +327,13 @@ def setup(arguments: argparse.Namespace) -> tuple[Student, torch.optim.AdamW, It
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=("train", "time"), required=True, help="learn, or measure the step")
-    parser.add_argument(
-        "--objective", choices=OBJECTIVES, default="nemo", help="default: nemo (kd 1 + sft 0.4)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=100, help="updates (time: besides one untimed); default: 100"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the weights and of the data's order; default: 0"
-    )
+    parser.add_argument("--objective", choices=OBJECTIVES, default="nemo", help="default: nemo (kd 1 + sft 0.4)")
+    parser.add_argument("--steps", type=int, default=100, help="updates (time: besides one untimed); default: 100")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the data's order; default: 0")
     parser.add_argument("--val-every", type=int, default=20, help="updates between validations; default: 20")
-    parser.add_argument(
-        "--data", type=Path, default=RECORDS, help="directory of the records; default: the bundled"
-    )
+    parser.add_argument("--data", type=Path, default=RECORDS, help="directory of the records; default: the bundled")
     arguments = parser.parse_args()
     {"train": train, "time": time_steps}[arguments.mode](arguments)
 

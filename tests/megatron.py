@@ -51,11 +51,7 @@ def params(variant: str) -> dict[str, Any]:
     config = ARCHITECTURES[variant]
     with np.load(DATA / variant / "initial_weights_bf16.npz") as stored:
         raw = {name: stored[name].view(ml_dtypes.bfloat16).astype(np.float32) for name in stored}
-    layer = {
-        name.removeprefix("decoder.layers."): array
-        for name, array in raw.items()
-        if "decoder.layers." in name
-    }
+    layer = {name.removeprefix("decoder.layers."): array for name, array in raw.items() if "decoder.layers." in name}
     L, G, H, D = config.layers, config.n_groups, config.head_dim, config.d_model
     per_group = config.n_heads // G + 2  # a group's query heads, then its key, then its value
 

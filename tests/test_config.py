@@ -25,9 +25,7 @@ def test_config_dict_and_overrides_fill_the_dataclasses() -> None:
 
 
 def test_json_round_trip_and_differences() -> None:
-    config = build(
-        {"data": {"train": ["a", "b"]}, "loss": {"cross_tokenizer": True}, "optim": {"clip_norm": None}}
-    )
+    config = build({"data": {"train": ["a", "b"]}, "loss": {"cross_tokenizer": True}, "optim": {"clip_norm": None}})
     assert configs.from_json(configs.to_json(config)) == config
     assert configs.differences(Config(), config) == [
         ("data.train", (), ("a", "b")),

@@ -27,12 +27,8 @@ TINY = ModelConfig(
 TOKENS = np.arange(2 * 7).reshape(2, 7) % 53
 
 
-def logits(
-    config: ModelConfig, seed: int = 0, tokens: np.ndarray = TOKENS, **kwargs: jax.Array
-) -> np.ndarray:
-    params = jax.tree.map(
-        lambda x: x + 0.05, init_params(config, seed)
-    )  # biases and scales away from 0 and 1
+def logits(config: ModelConfig, seed: int = 0, tokens: np.ndarray = TOKENS, **kwargs: jax.Array) -> np.ndarray:
+    params = jax.tree.map(lambda x: x + 0.05, init_params(config, seed))  # biases and scales away from 0 and 1
     return np.asarray(jax.jit(lambda p: bind(config, p)(tokens, **kwargs))(params))
 
 
@@ -92,9 +88,7 @@ def test_every_option_changes_the_logits(change: dict[str, object]) -> None:
 
 
 def test_gelus_differ_from_each_other() -> None:
-    exact, tanh = (
-        logits(dataclasses.replace(TINY, activation=name, init_std=0.5)) for name in ("gelu", "gelu_tanh")
-    )
+    exact, tanh = (logits(dataclasses.replace(TINY, activation=name, init_std=0.5)) for name in ("gelu", "gelu_tanh"))
     assert 1e-6 < np.abs(exact - tanh).max() < 0.1
 
 

@@ -94,9 +94,7 @@ def test_query_biases_are_not_decayed_although_they_have_two_axes() -> None:
     assert not mask["layers"]["attn"]["q"]["bias"]
 
 
-def descend(
-    config: OptimConfig, gradients: list[np.ndarray], start: np.ndarray, lr: float = 0.1
-) -> np.ndarray:
+def descend(config: OptimConfig, gradients: list[np.ndarray], start: np.ndarray, lr: float = 0.1) -> np.ndarray:
     tx, params = optimizer(config), {"w": jnp.asarray(start)}
     state = tx.init(params)
     for gradient in gradients:

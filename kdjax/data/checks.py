@@ -10,10 +10,13 @@ import dataclasses
 import numpy as np
 
 from kdjax.config import DataConfig
+from kdjax.data.mending import merge_repeats, sort_entries
 from kdjax.data.records import Record, RecordError, located
 
-MASS_TOLERANCE = 0.05  # of a sum of probabilities: K entries rounded to bfloat16 (2^-9 each) near log p = -8
-LSE_TOLERANCE = 0.25  # of the same sum against a stored logsumexp: bfloat16 is spaced 0.125 apart at 16 to 32
+# How far above 1 a sum of probabilities may be: bfloat16 moves log-probabilities of -8 to -16 by up to 0.03,
+# and raw logits and logsumexps of 32 to 64 by up to 0.125 each.
+MASS_TOLERANCE = 0.05
+LSE_TOLERANCE = 0.5
 ROUNDING = 1e-5  # a sum of probabilities beyond 1 by less is float32's rounding, not worth counting
 ENOUGH_ENTRIES = 8  # from which on values that all look like probabilities are no accident
 
@@ -34,14 +37,12 @@ class Findings:
 
     unsorted: int = 0
     repeated: int = 0  # had an id twice
-    over_unity: int = 0  # stored entries sum to more than the stored logsumexp: rounding; the loss clamps
+    over_unity: int = 0  # stored entries sum to more than the stored logsumexp; the loss clamps
     mass: float = 0.0  # the entries' share of the teacher's probability, summed over positions
     weighed: int = 0  # positions with a known logsumexp
 
     def __add__(self, other: "Findings") -> "Findings":
-        return Findings(
-            *(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
-        )
+        return Findings(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
 def check(record: Record, rules: Rules, where: str) -> tuple[Record, Findings]:
@@ -64,11 +65,11 @@ def _check(record: Record, rules: Rules) -> tuple[Record, Findings]:
             "with it, or set loss.tail=renormalize"
         )
     logits_SxK, ids_SxK = _entries(record, live_S, rules)
-    logits_SxK, lse_S = _as_logits(logits_SxK, record.log_sum_exp_logits, live_S, data.kind)
-    logits_SxK, ids_SxK, unsorted = _sorted(logits_SxK, ids_SxK, data.strict)
+    logits_SxK, lse_S = _as_logits(logits_SxK, record.log_sum_exp_logits, live_S, rules)
+    logits_SxK, ids_SxK, unsorted = sort_entries(logits_SxK, ids_SxK, data.strict)
     repeated = 0
     if not rules.ignore_teacher_ids:
-        logits_SxK, ids_SxK, repeated = _distinct(logits_SxK, ids_SxK, live_S, data.strict)
+        logits_SxK, ids_SxK, repeated = merge_repeats(logits_SxK, ids_SxK, live_S, data.strict)
     logits_SxK, ids_SxK = logits_SxK[:, : data.top_k], ids_SxK[:, : data.top_k]
     mass_S = _mass(logits_SxK[live_S], 0.0 if lse_S is None else lse_S[live_S, None])
     checked = Record(
@@ -153,46 +154,51 @@ def _entries(record: Record, live_S: np.ndarray, rules: Rules) -> tuple[np.ndarr
 
 
 def _as_logits(
-    values_SxK: np.ndarray, lse_S: np.ndarray | None, live_S: np.ndarray, kind: str
+    values_SxK: np.ndarray, lse_S: np.ndarray | None, live_S: np.ndarray, rules: Rules
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Values of the declared kind as logits, with their logsumexp (0 for what is normalised already)."""
+    kind = rules.data.kind
     if kind == "logits":
         _refuse_probabilities(values_SxK, live_S)
-        return values_SxK, None if lse_S is None else _checked_lse(values_SxK, lse_S, live_S)
+        return values_SxK, None if lse_S is None else _checked_lse(values_SxK, lse_S, live_S, rules)
     if kind == "probs":
-        outside = (
-            live_S[:, None] & (values_SxK > -np.inf) & ((values_SxK < 0) | (values_SxK > 1 + MASS_TOLERANCE))
-        )
-        if outside.any():
-            t, k = np.argwhere(outside)[0]
-            raise RecordError(
-                f"topk_logits[{t}][{k}] = {values_SxK[t, k]:g} is no probability, and data.kind = 'probs'; "
-                "set data.kind=logits or data.kind=log_probs"
-            )
-        positive = live_S[:, None] & (values_SxK > 0)
-        logs = np.log(values_SxK, out=np.full_like(values_SxK, -np.inf), where=positive)
-        logs[~live_S] = 0
-        if (empty_S := live_S & ~positive.any(axis=1)).any():
-            t = int(np.argmax(empty_S))
-            raise RecordError(
-                f"topk_logits[{t}] holds no probability above 0 where loss_mask is not 0; write this "
-                "record again, or mask the position"
-            )
-        values_SxK = logs
+        values_SxK = _log(values_SxK, live_S)
     mass_S = _mass(values_SxK, 0.0)
     over_S = live_S & (mass_S > 1 + MASS_TOLERANCE)
     if over_S.any():
         t = int(np.argmax(over_S))
         what = "probabilities" if kind == "probs" else "log-probabilities"
         raise RecordError(
-            f"topk_logits[{t}], read as {what} (data.kind = {kind!r}), sums to {mass_S[t]:.4g}, above 1 "
-            f"(its largest value is {values_SxK[t].max():.4g}); if these are logits, set data.kind=logits"
+            f"topk_logits[{t}], read as {what} (data.kind = {kind!r}), sums to {mass_S[t]:.4g}, above 1; if "
+            "these are logits, set data.kind=logits"
         )
     return values_SxK, np.zeros(len(values_SxK), np.float32)
 
 
-def _checked_lse(logits_SxK: np.ndarray, lse_S: np.ndarray, live_S: np.ndarray) -> np.ndarray:
-    """The stored logsumexp, 0 where masked; refused where it cannot belong to these logits."""
+def _log(probs_SxK: np.ndarray, live_S: np.ndarray) -> np.ndarray:
+    """Logarithms where unmasked, -inf for 0; 0 where masked."""
+    live_Sx1 = live_S[:, None]
+    outside = live_Sx1 & (probs_SxK > -np.inf) & ((probs_SxK < 0) | (probs_SxK > 1 + MASS_TOLERANCE))
+    if outside.any():
+        t, k = np.argwhere(outside)[0]
+        raise RecordError(
+            f"topk_logits[{t}][{k}] = {probs_SxK[t, k]:g} is no probability, and data.kind = 'probs'; set "
+            "data.kind=logits or data.kind=log_probs"
+        )
+    positive = live_Sx1 & (probs_SxK > 0)
+    empty_S = live_S & ~positive.any(axis=1)
+    if empty_S.any():
+        t = int(np.argmax(empty_S))
+        raise RecordError(
+            f"topk_logits[{t}] holds no probability above 0 where loss_mask is not 0; write this record "
+            "again, or mask the position"
+        )
+    absent = np.where(live_Sx1, np.float32(-np.inf), np.zeros_like(probs_SxK))
+    return np.log(probs_SxK, out=absent, where=positive)
+
+
+def _checked_lse(logits_SxK: np.ndarray, lse_S: np.ndarray, live_S: np.ndarray, rules: Rules) -> np.ndarray:
+    """The stored logsumexp, 0 where masked; refused if it is needed and cannot belong to these logits."""
     lse_S = np.where(live_S, lse_S, np.float32(0))
     if not np.isfinite(lse_S).all():
         t = int(np.argmin(np.isfinite(lse_S)))
@@ -201,12 +207,13 @@ def _checked_lse(logits_SxK: np.ndarray, lse_S: np.ndarray, live_S: np.ndarray) 
             "allow it to be left out with data.max_bad_records"
         )
     mass_S = _mass(logits_SxK, lse_S[:, None])
-    if (over_S := live_S & (mass_S > 1 + LSE_TOLERANCE)).any():
+    over_S = live_S & (mass_S > 1 + LSE_TOLERANCE)
+    if over_S.any() and rules.need_log_sum_exp:
         t = int(np.argmax(over_S))
         raise RecordError(
-            f"topk_logits[{t}] sums to {mass_S[t]:.4g} of exp(log_sum_exp_logits[{t}] = {lse_S[t]:g}), "
-            "and a part cannot exceed the whole; both must be shifted alike (NeMo-Aligner subtracts each "
-            "position's maximum from both): write the records again"
+            f"topk_logits[{t}] sums to {mass_S[t]:.4g} of exp(log_sum_exp_logits[{t}] = {lse_S[t]:g}), and "
+            "a part cannot exceed the whole; both must be shifted alike (NeMo-Aligner subtracts each "
+            "position's maximum from both): write the records again, or set loss.tail=renormalize"
         )
     return lse_S
 
@@ -227,56 +234,6 @@ def _refuse_probabilities(values_SxK: np.ndarray, live_S: np.ndarray) -> None:
             f"{sums[0]:.4g}), and data.kind = 'logits'; set data.kind=probs, or store logits or "
             "log-probabilities"
         )
-
-
-def _sorted(logits_SxK: np.ndarray, ids_SxK: np.ndarray, strict: bool) -> tuple[np.ndarray, np.ndarray, int]:
-    """Rows in descending order, absent entries last, and how many were not."""
-    rising_S = (logits_SxK[:, 1:] > logits_SxK[:, :-1]).any(axis=1)
-    count = int(rising_S.sum())
-    if count and strict:
-        t = int(np.argmax(rising_S))
-        k = int(np.argmax(logits_SxK[t, 1:] > logits_SxK[t, :-1]))
-        raise RecordError(
-            f"topk_logits[{t}] is not in descending order (entry {k} is {logits_SxK[t, k]:g}, entry "
-            f"{k + 1} is {logits_SxK[t, k + 1]:g}), and data.strict is set; sort it with its ids, or "
-            "unset data.strict"
-        )
-    if count:
-        logits_SxK, ids_SxK = logits_SxK.copy(), ids_SxK.copy()
-        order = np.argsort(-logits_SxK[rising_S], axis=1, kind="stable")
-        logits_SxK[rising_S] = np.take_along_axis(logits_SxK[rising_S], order, axis=1)
-        ids_SxK[rising_S] = np.take_along_axis(ids_SxK[rising_S], order, axis=1)
-    return logits_SxK, ids_SxK, count
-
-
-def _distinct(
-    logits_SxK: np.ndarray, ids_SxK: np.ndarray, live_S: np.ndarray, strict: bool
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Rows in which no id stands twice (the logits of one are merged by logsumexp), and how many had one."""
-    stand_in_K = -1 - np.arange(
-        ids_SxK.shape[1]
-    )  # for absent entries: equal to no id and to none of each other
-    sorted_ids_SxK = np.sort(np.where(logits_SxK > -np.inf, ids_SxK, stand_in_K), axis=1)
-    same_SxK = live_S[:, None] & (sorted_ids_SxK[:, 1:] == sorted_ids_SxK[:, :-1])
-    repeats_S = np.flatnonzero(same_SxK.any(axis=1))
-    if len(repeats_S) and strict:
-        t = int(repeats_S[0])
-        repeated_id = sorted_ids_SxK[t, 1:][same_SxK[t]][0]
-        raise RecordError(
-            f"topk_token_ids[{t}] holds id {repeated_id} twice, and data.strict is set; store each id "
-            "once, or unset data.strict to have their probabilities added"
-        )
-    if len(repeats_S):
-        logits_SxK, ids_SxK = logits_SxK.copy(), ids_SxK.copy()
-    for t in repeats_S:
-        present_K = logits_SxK[t] > -np.inf
-        ids, group = np.unique(ids_SxK[t, present_K], return_inverse=True)
-        merged = np.full(len(ids), -np.inf, np.float32)
-        np.logaddexp.at(merged, group, logits_SxK[t, present_K])
-        order = np.argsort(-merged, kind="stable")
-        logits_SxK[t], ids_SxK[t] = -np.inf, 0
-        logits_SxK[t, : len(ids)], ids_SxK[t, : len(ids)] = merged[order], ids[order]
-    return logits_SxK, ids_SxK, len(repeats_S)
 
 
 def _mass(logits_SxK: np.ndarray, lse_Sx1: np.ndarray | float) -> np.ndarray:

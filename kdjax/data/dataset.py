@@ -94,12 +94,9 @@ class Dataset:
         if self.rows is not None:
             fill = tokens / (len(self.rows) * data.sequence_length)
             lines.append(f"packed into {len(self.rows):,} rows of {data.sequence_length}, {fill:.1%} full")
-        stored = f"{found.smallest_top_k} to {found.largest_top_k}"
-        stored = str(found.largest_top_k) if found.smallest_top_k == found.largest_top_k else stored
-        lines.append(f"top-k {self.top_k} ({stored} read from each position), kind {data.kind}")
-        lines.append(
-            f"{found.unmasked / found.tokens:.1%} of tokens unmasked, in {found.records:,} records checked"
-        )
+        fewer = f" (in some records {found.smallest_top_k})" if found.smallest_top_k != self.top_k else ""
+        lines.append(f"top-k {self.top_k}{fewer}, kind {data.kind}")
+        lines.append(f"{found.unmasked / found.tokens:.1%} of tokens unmasked, in {found.records:,} records checked")
         if not self._store.rules.ignore_teacher_ids:
             here, before, after = found.agreement
             lines.append(
@@ -110,6 +107,7 @@ class Dataset:
             mean = found.findings.mass / found.findings.weighed
             lines.append(f"top-{self.top_k} holds {mean:.1%} of the teacher's probability on average")
         passed_over = {
+            "cut off at the end of a file and dropped": sum(file.is_cut for file in self._store.files),
             f"longer than {data.sequence_length} tokens and dropped": choice.dropped,
             f"longer than {data.sequence_length} tokens and truncated": choice.truncated,
             "superseded by a later one of the same index and left out": choice.repeated if data.dedupe else 0,
@@ -196,13 +194,10 @@ def _manifest_warnings(manifests: list[Manifest], found: Survey, longest: int) -
     warnings = []
     for manifest in manifests:
         if manifest.top_k is not None and found.largest_top_k > manifest.top_k:
-            warnings.append(
-                f"{manifest.path}: top_k is {manifest.top_k}, but records hold {found.largest_top_k}"
-            )
+            warnings.append(f"{manifest.path}: top_k is {manifest.top_k}, but records hold {found.largest_top_k}")
         if manifest.sequence_length is not None and longest > manifest.sequence_length:
             warnings.append(
-                f"{manifest.path}: sequence_length is {manifest.sequence_length}, but a record has "
-                f"{longest} tokens"
+                f"{manifest.path}: sequence_length is {manifest.sequence_length}, but a record has {longest} tokens"
             )
     return warnings
 

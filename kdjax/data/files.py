@@ -85,42 +85,35 @@ def _chunks(template: Path, n_chunks: int | None) -> list[Path]:
         if match := re.fullmatch(shape, name):
             number = int(match[1])
             if number in numbered:
-                raise UserError(
-                    f"{template}: chunk {number} is there twice: {numbered[number]} and {name}; remove one"
-                )
+                raise UserError(f"{template}: chunk {number} is there twice: {numbered[number]} and {name}; remove one")
             numbered[number] = name
     if not numbered:
         raise UserError(f"{template}: no chunk found; expected {head}0{tail} and so on in {template.parent}")
-    expected = range(n_chunks) if n_chunks is not None else range(max(numbered) + 1)
-    missing, extra = sorted({*expected} - {*numbered}), sorted({*numbered} - {*expected})
+    found = _runs(sorted(numbered))
+    count = n_chunks if n_chunks is not None else max(numbered) + 1
+    missing, extra = _gaps(found, count), _runs([number for number in sorted(numbered) if number >= count])
     if missing or extra:
         raise UserError(
-            f"{template}: found {len(numbered)} chunks ({_ranges(sorted(numbered))}), expected "
-            f"{len(expected)} ({_ranges(list(expected))}); missing: {_ranges(missing)}; extra: "
-            f"{_ranges(extra)}; chunks are numbered from 0: bring the missing files, correct "
-            "data.n_chunks, or give a glob"
+            f"{template}: found {len(numbered)} chunks ({_listed(found)}), expected {count} "
+            f"({_listed([(0, count - 1)])}); missing: {_listed(missing)}; extra: {_listed(extra)}; chunks are "
+            "numbered from 0: bring the missing files, correct data.n_chunks, or give a glob"
         )
     return [template.parent / numbered[number] for number in sorted(numbered)]
 
 
 def _require_regular_file(path: Path) -> None:
-    if path.is_symlink() and not path.exists():
-        raise UserError(
-            f"{path}: a symbolic link to {os.readlink(path)}, which is missing; restore it or relink"
-        )
-    if not path.exists():
-        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; check the path"
-        raise UserError(f"{path}: no such file{hint}")
     with explained(path, "read this file of records"):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: a symbolic link to {os.readlink(path)}, which is missing; restore it or relink")
+        if not path.exists():
+            siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+            near = difflib.get_close_matches(path.name, siblings, n=1)
+            raise UserError(f"{path}: no such file; {f'did you mean {near[0]}?' if near else 'check the path'}")
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(mode):
-            raise UserError(
-                f"{path}: not a regular file; records are read at any position, so save it to one"
-            )
+            raise UserError(f"{path}: not a regular file; records are read at any position, so save it to one")
         with path.open("rb"):
             pass
 
@@ -130,12 +123,24 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def _ranges(numbers: list[int]) -> str:
-    """Ascending integers, runs drawn together: 0-3, 7; "none" if there are none."""
-    runs: list[list[int]] = []
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """(first, last) of each run of consecutive integers in ascending ones."""
+    runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
+            runs[-1] = (runs[-1][0], number)
         else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
+            runs.append((number, number))
+    return runs
+
+
+def _gaps(runs: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """(first, last) of each stretch of range(count) that no run covers."""
+    edges = zip([(-1, -1), *runs], [*runs, (count, count)], strict=True)
+    between = [(before + 1, min(after, count) - 1) for (_, before), (after, _) in edges]
+    return [(first, last) for first, last in between if first <= last]
+
+
+def _listed(runs: list[tuple[int, int]]) -> str:
+    """Runs for people: "0-3, 7"."""
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "none"

@@ -64,7 +64,7 @@ def load_or_build(file: PlainFile, scratch: Path) -> Index:
 
 
 def _load(kept: Path) -> Index:
-    with np.load(kept, allow_pickle=False) as stored:
+    with kept.open("rb") as file, np.load(file, allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in ("offsets", "sizes", "lengths", "indices", "lines")}
         return Index(**arrays, digest=str(stored["digest"]), is_cut=bool(stored["is_cut"]))
 
@@ -111,7 +111,7 @@ def _outline(line: bytes) -> tuple[int, int]:
 def _outline_by_parsing(line: bytes) -> tuple[int, int]:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return UNREADABLE, NO_INDEX
     tokens, index = record.get("tokens"), record.get("index")
     length = len(tokens) if isinstance(tokens, list) else UNREADABLE
@@ -121,6 +121,6 @@ def _outline_by_parsing(line: bytes) -> tuple[int, int]:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True

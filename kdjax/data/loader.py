@@ -29,9 +29,7 @@ def train_batches(
     size = rows_in_epoch(dataset)
 
     def load(step: int) -> Batch:
-        numbers_B = global_indices(
-            step, size=size, batch_size=global_size, shuffle=data.shuffle, seed=data.seed
-        )
+        numbers_B = global_indices(step, size=size, batch_size=global_size, shuffle=data.shuffle, seed=data.seed)
         return _load(dataset, numbers_B[rows])
 
     return _read_ahead(grain.MapDataset.range(start_step, stop_step).map(load), data)

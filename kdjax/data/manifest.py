@@ -73,9 +73,7 @@ def require_agreement(
     """Hold a manifest against the configuration. Raises UserError naming both values and what would agree."""
     path = manifest.path
     if manifest.kind not in (None, data.kind):
-        raise UserError(
-            f"{path}: kind is {manifest.kind!r}, data.kind is {data.kind!r}; set data.kind={manifest.kind}"
-        )
+        raise UserError(f"{path}: kind is {manifest.kind!r}, data.kind is {data.kind!r}; set data.kind={manifest.kind}")
     if manifest.teacher_temperature not in (None, data.teacher_temperature):
         raise UserError(
             f"{path}: teacher_temperature is {manifest.teacher_temperature:g}, data.teacher_temperature is "
@@ -83,23 +81,17 @@ def require_agreement(
         )
     if manifest.top_k is not None and data.top_k is not None and data.top_k > manifest.top_k:
         raise UserError(
-            f"{path}: top_k is {manifest.top_k}, data.top_k is {data.top_k}; set data.top_k to at most "
-            f"{manifest.top_k}"
+            f"{path}: top_k is {manifest.top_k}, data.top_k is {data.top_k}; set data.top_k to at most {manifest.top_k}"
         )
     if ignore_teacher_ids:
         return
-    remedy = (
-        "compare values by rank with loss.cross_tokenizer=rank_match, or use a student of the same tokenizer"
-    )
+    remedy = "compare values by rank with loss.cross_tokenizer=rank_match, or use a student of the same tokenizer"
     if manifest.vocab_size is not None and manifest.vocab_size > vocab_size:
         raise UserError(
             f"{path}: the teacher's vocabulary has {manifest.vocab_size} ids, the student's "
             f"model.vocab_size is {vocab_size}, so some of the teacher's ids mean nothing to it; {remedy}"
         )
-    if (
-        None not in (manifest.tokenizer_sha256, tokenizer_sha256)
-        and manifest.tokenizer_sha256 != tokenizer_sha256
-    ):
+    if None not in (manifest.tokenizer_sha256, tokenizer_sha256) and manifest.tokenizer_sha256 != tokenizer_sha256:
         raise UserError(
             f"{path}: tokenizer_sha256 is {manifest.tokenizer_sha256}, model.tokenizer_sha256 is "
             f"{tokenizer_sha256}: the same ids mean other tokens; {remedy}"

@@ -50,9 +50,7 @@ class Record:
         """The first `length` positions."""
         if length >= len(self):
             return self
-        arrays: dict[str, Any] = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:-1]
-        }
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:-1]}
         return dataclasses.replace(self, **{name: a[:length] for name, a in arrays.items() if a is not None})
 
     def widened(self, top_k: int) -> "Record":
@@ -119,7 +117,7 @@ def quoted(value: Any) -> str:
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(line)
-    except ValueError as error:  # also what UnicodeDecodeError is
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise RecordError(f"not valid JSON ({error}); write this line again or remove it") from error
     if not isinstance(fields, dict):
         raise RecordError(f"{quoted(fields)} is a {type(fields).__name__}; a record is a JSON object")
@@ -197,14 +195,19 @@ def _numbers(value: Any, name: str, ndim: int, allow_bool: bool) -> np.ndarray:
         array = np.array(None)
     if array.dtype.kind in ("iufb" if allow_bool else "iuf") and array.ndim == ndim:
         return array
+    raise RecordError(_offence(value, name, ndim, (int, float, bool) if allow_bool else (int, float)))
+
+
+def _offence(value: list[Any], name: str, ndim: int, allowed: tuple[type, ...]) -> str:
+    """What keeps a (nested) list from being an array of numbers: its first item that is none, or too large."""
     for position, row in enumerate(value):
         for place, item in enumerate(row) if ndim == 2 else [(None, row)]:
-            if type(item) not in ((int, float, bool) if allow_bool else (int, float)):
-                at = f"[{position}]" if place is None else f"[{position}][{place}]"
-                raise RecordError(
-                    f"{name}{at} = {quoted(item)} is a {_kind(item)}; it must be a number, not in quotes"
-                )
-    raise RecordError(f"{name} holds an integer beyond 64 bits; write this record again")
+            at = f"{name}[{position}]" if place is None else f"{name}[{position}][{place}]"
+            if type(item) not in allowed:
+                return f"{at} = {quoted(item)} is a {_kind(item)}; it must be a number, not in quotes"
+            if isinstance(item, int) and not -(2**63) <= item < 2**63:
+                return f"{at} = {quoted(item)} is beyond 64 bits; write this record again"
+    raise AssertionError(f"{name} is an array of numbers")
 
 
 def _kind(item: Any) -> str:

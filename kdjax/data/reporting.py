@@ -35,6 +35,4 @@ def explained(path: Path | str, doing: str) -> Iterator[None]:
 
 def progress_bar(doing: str, total: int, unit: str) -> tqdm:
     """A bar on stderr that shows itself when stderr is a terminal and the work takes more than a moment."""
-    return tqdm(
-        total=total, desc=doing, unit=unit, unit_scale=True, delay=SHOW_AFTER, disable=None, leave=False
-    )
+    return tqdm(total=total, desc=doing, unit=unit, unit_scale=True, delay=SHOW_AFTER, disable=None, leave=False)

@@ -6,9 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 
-def global_indices(
-    step: int, *, size: int, batch_size: int, shuffle: bool, seed: int
-) -> Int[np.ndarray, "B"]:
+def global_indices(step: int, *, size: int, batch_size: int, shuffle: bool, seed: int) -> Int[np.ndarray, "B"]:
     """The rows of the global batch of `step`, int64.
 
     Positions step * B + (0 .. B-1) of an endless sequence of epochs of `size` rows: each epoch holds every

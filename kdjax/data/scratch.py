@@ -18,9 +18,7 @@ from kdjax.types import UserError
 
 def open_scratch(configured: str | None) -> Path:
     """The directory `configured`, or one under the system's; made if need be, tried by writing."""
-    path = (
-        Path(configured).expanduser() if configured else Path(tempfile.gettempdir()) / f"kdjax-{os.getuid()}"
-    )
+    path = Path(configured).expanduser() if configured else Path(tempfile.gettempdir()) / f"kdjax-{os.getuid()}"
     with explained(path, "use this scratch directory"):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if configured is None and path.stat().st_uid != os.getuid():

@@ -29,12 +29,11 @@ class RecordFile:
         plain = unpack(source.path, scratch, allow_truncated)
         self.source = source
         self.index: Index = load_or_build(plain, scratch)
+        self.is_cut = plain.is_cut or self.index.is_cut  # and what there is of it may be used
         if self.index.is_cut:
             said = f"{source.path}: ends mid-record after {len(self.index)} complete records"
             if not allow_truncated:
-                raise UserError(
-                    f"{said}; remove the cut one, or have it dropped with data.allow_truncated=True"
-                )
+                raise UserError(f"{said}; remove the cut one, or have it dropped with data.allow_truncated=True")
             log.warning("%s; the cut one is dropped", said)
         with explained(plain.path, "read this file of records"):
             self._descriptor = os.open(plain.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -124,10 +123,10 @@ def _superseded(files: list[RecordFile]) -> np.ndarray:
     """Of all records those whose "index" a later record of the same configured path has too."""
     index_N = np.concatenate([file.index.indices for file in files])
     entry_N = np.repeat([file.source.entry for file in files], [len(file.index) for file in files])
-    last_first = np.arange(len(index_N))[::-1]
-    _, latest = np.unique(np.stack([entry_N, index_N])[:, last_first], axis=1, return_index=True)
-    superseded_N = np.ones(len(index_N), bool)
-    superseded_N[last_first[latest]] = False
+    order_N = np.lexsort((index_N, entry_N))  # stable: of equals the later comes later
+    is_repeated = (np.diff(index_N[order_N]) == 0) & (np.diff(entry_N[order_N]) == 0)
+    superseded_N = np.zeros(len(index_N), bool)
+    superseded_N[order_N[:-1][is_repeated]] = True
     return superseded_N & (index_N != NO_INDEX)
 
 

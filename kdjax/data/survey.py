@@ -26,7 +26,7 @@ class Survey:
     unmasked: int = 0
     followed: int = 0  # unmasked labels that are the next token ...
     followable: int = 0  # ... of those that have a next token
-    # The teacher's first choice is the label, for each shift; of the unmasked positions that have such a label.
+    # For each shift: the teacher's first choice is the label; unmasked positions that have such a label.
     agreeing: tuple[int, ...] = (0,) * len(SHIFTS)
     comparable: tuple[int, ...] = (0,) * len(SHIFTS)
     findings: Findings = dataclasses.field(default_factory=Findings)
@@ -135,7 +135,7 @@ def _judge_findings(found: Survey) -> list[str]:
     counts = {
         "were not in descending order and were sorted": found.findings.unsorted,
         "held an id twice and had it merged": found.findings.repeated,
-        "sum to more than their logsumexp, from rounding (the loss clamps them)": found.findings.over_unity,
+        "sum to more than their logsumexp (from rounding, or it is not theirs)": found.findings.over_unity,
     }
     return [f"{n} of {found.unmasked} unmasked positions checked {what}" for what, n in counts.items() if n]
 
@@ -146,6 +146,4 @@ def _sum(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
 
 def _overlap(shift: int) -> tuple[slice, slice]:
     """Slices of teacher and labels such that the teacher at t meets the label at t + shift."""
-    return slice(max(0, -shift), -shift if shift > 0 else None), slice(
-        max(0, shift), shift if shift < 0 else None
-    )
+    return slice(max(0, -shift), -shift if shift > 0 else None), slice(max(0, shift), shift if shift < 0 else None)

@@ -32,6 +32,7 @@ class PlainFile:
 
     path: Path
     key: str  # of the source's present state, in scratch
+    is_cut: bool = False  # the packed file was cut off, and this is what could be read
 
 
 class _CutOff(Exception):
@@ -52,7 +53,7 @@ def unpack(source: Path, scratch: Path, allow_truncated: bool) -> PlainFile:
         return PlainFile(source, key)
     whole, partial = (
         PlainFile(scratch / f"{key}.jsonl", key),
-        PlainFile(scratch / f"{key}-cut.jsonl", f"{key}-cut"),
+        PlainFile(scratch / f"{key}-cut.jsonl", f"{key}-cut", is_cut=True),
     )
     if whole.path.exists():
         return whole

@@ -1,7 +1,7 @@
 """The unembedding and the loss in one, chunk of tokens by chunk of tokens: the logits [B, T, V] never exist.
 
-A chunk's logits are gone once its gradients are made, in the forward pass already: three matmuls in all, not the
-four of recomputing the logits backwards. That is possible because the result is a sum, whose one scalar
+A chunk's logits are gone once its gradients are made, in the forward pass already: three matmuls in all, not
+the four of recomputing the logits backwards. That is possible because the result is a sum, whose one scalar
 cotangent can be multiplied in afterwards; so the per-token weights come in as `loss_mask`.
 Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989) does the same for labels.
 """
@@ -18,8 +18,12 @@ from kdjax.losses.objective import LossSums, Objective, Supervision, computation
 from kdjax.losses.terms import Picked, differentiate, evaluate
 from kdjax.losses.xla import pick, spread, taught_columns
 
-# Logits of a chunk take chunk * V * 4 bytes; each chunk reads and writes the gradient of the unembedding once.
-CPU_CHUNK_TOKENS = 256
+# A chunk's logits take 4 C V bytes, and every chunk reads and writes the unembedding's gradient once. On two
+# cores, N = 1024, V = 49152, D = 128, float32, 128 was both the fastest and smaller than what came next:
+# C = 64 687 ms, 36 MiB; 128 608 ms, 48 MiB; 256 680 ms, 97 MiB; 512 709 ms, 193 MiB; all at once, by JAX's
+# own differentiation, 741 ms, 576 MiB. An accelerator needs more rows to be worth that traffic:
+# 2048 keep its 12 V D bytes to a quarter of the 6 C V D operations' time on an H100 (arithmetic, not measured).
+CPU_CHUNK_TOKENS = 128
 ACCELERATOR_CHUNK_TOKENS = 2048
 
 
@@ -41,7 +45,7 @@ def linear_losses(
 ) -> LossSums:
     """The sums over all positions, by `lax.scan` over chunks of at most `chunk_tokens` of them.
 
-    Beside its result the gradient holds [V, D] in float32, and what a chunk needs: about two [C, V] in float32.
+    The gradient takes, beside its results, about [V, D] and one chunk's logits [C, V] in float32.
     """
     if chunk_tokens is None:
         chunk_tokens = CPU_CHUNK_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_CHUNK_TOKENS
@@ -55,13 +59,19 @@ def linear_losses(
         return x.reshape(n, c, *x.shape[1:])
 
     weight = loss_mask.astype(computation_dtype(hidden, unembed))
-    chunks = _Chunks(chunked(hidden), chunked(weight), jax.tree.map(chunked, supervision))
-    return _sums(objective, chunks, unembed)
+    return _sums(objective, chunked(hidden), unembed, chunked(weight), jax.tree.map(chunked, supervision))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(objective: Objective, chunks: _Chunks, unembed_VxD: Float[Array, "V D"]) -> LossSums:
+def _sums(
+    objective: Objective,
+    hidden: Float[Array, "n C D"],
+    unembed_VxD: Float[Array, "V D"],
+    weight: Float[Array, "n C"],
+    supervision: Supervision,
+) -> LossSums:
     """Losses only: one matmul."""
+    chunks = _Chunks(hidden, weight, supervision)
     operand_VxD = _operand(chunks, unembed_VxD)
 
     def body(sums: LossSums, chunk: _Chunks) -> tuple[LossSums, None]:
@@ -71,7 +81,7 @@ def _sums(objective: Objective, chunks: _Chunks, unembed_VxD: Float[Array, "V D"
 
 
 class _Gradients(NamedTuple):
-    """Derivatives of the loss sum in the computation dtype, and empty arrays that carry the dtypes to return."""
+    """Derivatives of the loss sum in the computation dtype; empty arrays carry the dtypes to return."""
 
     hidden: Float[Array, "n C D"]
     unembed: Float[Array, "V D"]
@@ -80,21 +90,22 @@ class _Gradients(NamedTuple):
 
 
 def _sums_and_gradients(
-    objective: Objective, chunks: _Chunks, unembed_VxD: Float[Array, "V D"]
+    objective: Objective,
+    hidden: Float[Array, "n C D"],
+    unembed_VxD: Float[Array, "V D"],
+    weight: Float[Array, "n C"],
+    supervision: Supervision,
 ) -> tuple[LossSums, _Gradients]:
-    """Losses and both gradients of their weighted sum: three matmuls, each accumulated in the computation dtype."""
+    """Losses and both gradients of their weighted sum: three matmuls, accumulated in the computation dtype."""
+    chunks = _Chunks(hidden, weight, supervision)
     operand_VxD = _operand(chunks, unembed_VxD)
-    dtype = chunks.weight.dtype
+    dtype = weight.dtype
 
-    def body(
-        carry: tuple[LossSums, Array], chunk: _Chunks
-    ) -> tuple[tuple[LossSums, Array], Float[Array, "C D"]]:
+    def body(carry: tuple[LossSums, Array], chunk: _Chunks) -> tuple[tuple[LossSums, Array], Float[Array, "C D"]]:
         sums, unembed_ct = carry
         chunk_sums, hidden, logits, columns, picked = _evaluate_chunk(objective, chunk, operand_VxD)
         none = jnp.zeros_like(chunk.weight)
-        columns_ct, log_sum_ct = differentiate(
-            objective, picked, chunk.supervision, (chunk.weight, none, none)
-        )
+        columns_ct, log_sum_ct = differentiate(objective, picked, chunk.supervision, (chunk.weight, none, none))
         logits_ct = spread(objective, logits, columns, picked, columns_ct, log_sum_ct, operand_VxD.dtype)
         hidden_ct = jnp.einsum("CV,VD->CD", logits_ct, operand_VxD, preferred_element_type=dtype)
         unembed_ct += jnp.einsum("CV,CD->VD", logits_ct, hidden, preferred_element_type=dtype)
@@ -102,17 +113,17 @@ def _sums_and_gradients(
 
     start = (_no_sums(chunks), jnp.zeros(unembed_VxD.shape, dtype))
     (sums, unembed_ct), hidden_ct = jax.lax.scan(body, start, chunks)
-    like_hidden, like_unembed = jnp.empty(0, chunks.hidden.dtype), jnp.empty(0, unembed_VxD.dtype)
+    like_hidden, like_unembed = jnp.empty(0, hidden.dtype), jnp.empty(0, unembed_VxD.dtype)
     return sums, _Gradients(hidden_ct, unembed_ct, like_hidden, like_unembed)
 
 
 def _scale_gradients(
     objective: Objective, gradients: _Gradients, sums_ct: LossSums
-) -> tuple[_Chunks, Float[Array, "V D"]]:
+) -> tuple[Float[Array, "n C D"], Float[Array, "V D"], None, None]:
     """The gradients times the loss's cotangent, rounded to the arguments' dtypes here and nowhere before."""
     hidden_ct = (sums_ct.loss * gradients.hidden).astype(gradients.like_hidden.dtype)
     unembed_ct = (sums_ct.loss * gradients.unembed).astype(gradients.like_unembed.dtype)
-    return _Chunks(hidden_ct, None, None), unembed_ct
+    return hidden_ct, unembed_ct, None, None
 
 
 _sums.defvjp(_sums_and_gradients, _scale_gradients)
@@ -121,15 +132,15 @@ _sums.defvjp(_sums_and_gradients, _scale_gradients)
 def _evaluate_chunk(
     objective: Objective, chunk: _Chunks, unembed_VxD: Float[Array, "V D"]
 ) -> tuple[LossSums, Float[Array, "C D"], Float[Array, "C V"], Int[Array, "C K+1"], Picked]:
-    """A chunk's sums, and what its gradients are made of: hidden states, logits, taught columns, picked numbers."""
+    """A chunk's sums, and what its gradients are made of: hidden, logits, taught columns, picked numbers."""
     weight, supervision = chunk.weight, chunk.supervision
-    masked = weight == 0  # such a position may hold anything, NaN too
+    masked = jnp.equal(weight, 0)  # such a position may hold anything, NaN too
     hidden = jnp.where(masked[:, None], 0, chunk.hidden).astype(unembed_VxD.dtype)
     logits = jnp.einsum("CD,VD->CV", hidden, unembed_VxD, preferred_element_type=weight.dtype)
     columns = taught_columns(objective, logits, supervision)
     picked = pick(objective, logits, columns, with_log_sum=True)
-    terms = (*evaluate(objective, picked, supervision), jnp.ones_like(weight))
-    terms += _agreement(objective, picked, supervision)
+    losses = evaluate(objective, picked, supervision)
+    terms = (*losses, jnp.ones_like(weight), *_agreement(objective, picked, supervision))
     sums = LossSums(*(jnp.where(masked, 0, weight * term).sum() for term in terms))
     return sums, hidden, logits, columns, picked
 
@@ -137,7 +148,7 @@ def _evaluate_chunk(
 def _agreement(
     objective: Objective, picked: Picked, supervision: Supervision
 ) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
-    """Whether the teacher's first id holds the student's largest logit, and the student's mass on the K ids."""
+    """Whether the student's largest logit is at the teacher's first id; the student's mass on the K ids."""
     assert picked.row_max is not None
     assert picked.log_sum is not None
     if objective.rank_match:

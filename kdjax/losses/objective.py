@@ -1,4 +1,4 @@
-"""What a loss is asked for and given: the static settings, the arrays beside the student's, the sums it returns."""
+"""What goes into a loss and comes out: static settings, the arrays beside the student's, and the sums."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ CROSS_TOKENIZERS = (None, False, True, "rank_match")
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The static settings of a loss, named as its keywords are. Hashable, so it can be a static argument."""
+    """The static settings of a loss, named as its keywords are. Hashable: it can be a static argument."""
 
     kd_loss: str = "fwd_kl"
     kd_loss_weight: float = 1.0
@@ -45,7 +45,7 @@ class Objective:
         return self.sft_loss_weight != 0 or self.ghost
 
     def check(self) -> None:
-        """Raise UserError for the first setting that cannot work, with its value, the reason and the remedy."""
+        """Raise UserError for the first setting that cannot work: its value, the reason, the remedy."""
         _check_choice("kd_loss", self.kd_loss, KD_LOSSES)
         _check_choice("tail", self.tail, TAILS)
         _check_choice("cross_tokenizer", self.cross_tokenizer, CROSS_TOKENIZERS)
@@ -54,7 +54,8 @@ class Objective:
         for name in ("kd_loss_weight", "sft_loss_weight"):
             if getattr(self, name) < 0:
                 raise UserError(
-                    f"{name} = {getattr(self, name)!r} would train away from its term; give 0 (leave the term out) or more"
+                    f"{name} = {getattr(self, name)!r} would train away from its term;"
+                    " give 0 (leave the term out) or more"
                 )
         if self.kd_loss_weight == 0 and self.sft_loss_weight == 0:
             raise UserError(
@@ -63,22 +64,23 @@ class Objective:
         for name in ("logits_scale", "target_logits_scale"):
             if getattr(self, name) <= 0:
                 raise UserError(
-                    f"{name} = {getattr(self, name)!r} would flatten or invert the logits; give a value above 0"
-                    " (1 / temperature)"
+                    f"{name} = {getattr(self, name)!r} would flatten or invert the logits;"
+                    " give a value above 0 (1 / temperature)"
                 )
         if not 0 < self.jsd_beta < 1:
             raise UserError(
-                f"jsd_beta = {self.jsd_beta!r} is no mixture of teacher and student; give a value between 0 and 1, both excluded"
+                f"jsd_beta = {self.jsd_beta!r} is no mixture of teacher and student;"
+                " give a value between 0 and 1, both excluded"
             )
         if self.ghost and self.target_logits_scale != 1:
             raise UserError(
-                f"target_logits_scale = {self.target_logits_scale!r} with tail = 'ghost': the stored logsumexp belongs to"
-                " the unscaled teacher logits; give target_logits_scale = 1 or tail = 'renormalize'"
+                f"target_logits_scale = {self.target_logits_scale!r} with tail = 'ghost': the stored logsumexp"
+                " belongs to the unscaled logits; give target_logits_scale = 1 or tail = 'renormalize'"
             )
 
 
 class Supervision(NamedTuple):
-    """What each position is taught, beside the student's logits. An entry of -inf is absent, its id ignored."""
+    """What each position is taught. An entry of -inf is absent and its id ignored."""
 
     topk_logits: Float[Array, "*P K"]
     topk_token_ids: Int[Array, "*P K"]
@@ -97,9 +99,7 @@ class LossSums(NamedTuple):
     kd_loss: Float[Array, ""]  # unweighted
     sft_loss: Float[Array, ""]  # unweighted; 0 when sft_loss_weight = 0
     tokens: Float[Array, ""]  # the mask's sum
-    top1_agreement: Float[
-        Array, ""
-    ]  # positions where no student logit exceeds that of the teacher's first id
+    top1_agreement: Float[Array, ""]  # positions where no student logit exceeds that of the teacher's first id
     student_topk_mass: Float[Array, ""]  # probability, at logits_scale, that the student gives the K ids
 
 
@@ -110,7 +110,7 @@ def supervise(
     labels: Array,
     log_sum_exp_logits: Array | None,
 ) -> Supervision:
-    """The arrays on JAX, ids at least 32 bits wide; for rank matching the teacher's values from the largest down."""
+    """The arrays on JAX, ids at least 32 bits wide; for rank matching the teacher's values, largest first."""
     topk_logits = jnp.asarray(topk_logits)
     if objective.rank_match:
         topk_logits = jnp.sort(topk_logits, axis=-1, descending=True)
@@ -144,10 +144,8 @@ def check_linear(hidden: jax.Array, unembed: jax.Array, loss_mask: jax.Array) ->
     _check_shape("loss_mask", loss_mask, hidden.shape[:2])
 
 
-def check_supervision(
-    objective: Objective, supervision: Supervision, positions: tuple[int, ...], v: int
-) -> None:
-    """Raise UserError unless the teacher's arrays and the labels fit `positions` = (B, T) and vocabulary size v."""
+def check_supervision(objective: Objective, supervision: Supervision, positions: tuple[int, ...], v: int) -> None:
+    """Raise UserError unless the teacher's arrays and the labels fit `positions` (B, T) and v token ids."""
     topk_logits, ids, labels, log_sum_exp_logits = supervision
     _check_array("topk_logits", topk_logits, 3, jnp.floating)
     _check_array("topk_token_ids", ids, 3, jnp.integer)
@@ -166,8 +164,8 @@ def check_supervision(
         _check_shape("log_sum_exp_logits", log_sum_exp_logits, positions)
     elif objective.ghost:
         raise UserError(
-            "tail = 'ghost' needs log_sum_exp_logits [B, T], the teacher's logsumexp over its whole vocabulary,"
-            " and it is None; give it or choose tail = 'renormalize'"
+            "tail = 'ghost' needs log_sum_exp_logits [B, T], the teacher's logsumexp over its whole"
+            " vocabulary, and it is None; give it or choose tail = 'renormalize'"
         )
 
 
@@ -193,6 +191,4 @@ def _check_array(name: str, array: jax.Array, rank: int, kind: type) -> None:
 
 def _check_shape(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
     if array.shape != shape:
-        raise UserError(
-            f"{name} has shape {list(array.shape)}; the student's positions ask for {list(shape)}"
-        )
+        raise UserError(f"{name} has shape {list(array.shape)}; the student's positions ask for {list(shape)}")

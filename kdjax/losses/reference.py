@@ -1,4 +1,6 @@
-"""The losses as algebra over full logits, differentiated by JAX. Every faster implementation is tested against this.
+"""The specification: the losses as algebra over full logits, differentiated by JAX.
+
+Every faster implementation is tested against this one.
 
 At each position, with student logits z [V], teacher entries (i_k, tau_k) for k = 1..K, and label y:
 
@@ -12,7 +14,8 @@ At each position, with student logits z [V], teacher entries (i_k, tau_k) for k 
     sft  = logsumexp_V(logits_scale z) - logits_scale z[y]
     loss = kd_loss_weight kd + sft_loss_weight sft
 
-`logits_scale` scales both terms and there is no T^2 factor, as in NeMo-Aligner's `GPTKnowledgeDistillationModel`.
+`logits_scale` scales both terms and there is no T^2 factor, as in NeMo-Aligner's
+`GPTKnowledgeDistillationModel`.
 """
 
 import jax
@@ -21,12 +24,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kdjax.losses.objective import LossSums, Objective, Supervision, computation_dtype
 
-# log-probability of an absent entry, in both distributions: its weight exp(-1e30) is 0 and, unlike -inf, it can
-# be subtracted from itself.
+# Log-probability of an absent entry, in both distributions: its weight exp(-1e30) is 0 and, unlike -inf, it
+# can be subtracted from itself.
 ABSENT = -1e30
 
-# The largest log-mass of the top-k beside a tail: 2^-23 is float32's epsilon. A logsumexp over K that rounds to
-# that over V, or above it (duplicate ids; K = V, where the tail is empty), would leave log(0) or log(negative).
+# The largest log-mass of the top-k beside a tail; 2^-23 is float32's epsilon. Where the logsumexp over K rounds
+# to that over V or above it (K = V, where the tail is empty; duplicate ids), log(0) or log(negative) would
+# be left.
 MAX_LOG_MASS = -(2.0**-23)
 
 
@@ -94,7 +98,7 @@ def linear_losses(
 
 
 def logits_at(logits_V: Float[Array, "*P V"], ids_K: Int[Array, "*P K"]) -> Float[Array, "*P K"]:
-    """The logits at these ids, and NaN at ids outside [0, V): they must not turn into some other token's logit."""
+    """The logits at these ids; NaN at ids outside [0, V), which must not turn into another token's logit."""
     v = logits_V.shape[-1]
     picked = jnp.take_along_axis(logits_V, jnp.clip(ids_K, 0, v - 1), axis=-1)
     return jnp.where((ids_K >= 0) & (ids_K < v), picked, jnp.nan)
@@ -103,17 +107,15 @@ def logits_at(logits_V: Float[Array, "*P V"], ids_K: Int[Array, "*P K"]) -> Floa
 def with_tail(log_prob_K: Float[Array, "*P K"], present_K: Bool[Array, "*P K"]) -> Float[Array, "*P K+1"]:
     """Log-probabilities of the K buckets and of all the rest, which is log(1 - their mass).
 
-    The mass is taken as at most 1 - 2^-23 (`MAX_LOG_MASS`): rounded to 1 or more, it would leave no tail to take
-    the logarithm of. The K buckets keep their probabilities: nothing is renormalised.
+    The mass is taken as at most 1 - 2^-23 (`MAX_LOG_MASS`): rounded to 1 or more, it would leave no tail to
+    take the logarithm of. The K buckets keep their probabilities: nothing is renormalised.
     """
     log_mass = jax.nn.logsumexp(jnp.where(present_K, log_prob_K, -jnp.inf), axis=-1, keepdims=True)
     log_tail = jax.nn.log1mexp(-jnp.minimum(log_mass, MAX_LOG_MASS))
     return jnp.concatenate([jnp.where(present_K, log_prob_K, ABSENT), log_tail], axis=-1)
 
 
-def divergence(
-    log_p: Float[Array, "*P K"], log_q: Float[Array, "*P K"], objective: Objective
-) -> Float[Array, "*P"]:
+def divergence(log_p: Float[Array, "*P K"], log_q: Float[Array, "*P K"], objective: Objective) -> Float[Array, "*P"]:
     """The divergence of teacher p and student q in nats, over the last axis."""
     if objective.kd_loss == "fwd_kl":
         return kl(log_p, log_q)

@@ -1,8 +1,8 @@
 """The objective on the few numbers of each position that it depends on, and its derivatives by them.
 
-All of the student that enters a position's loss is K + 2 numbers: the logits at the teacher's ids, the logit of
-the label, and the logsumexp. Whoever makes the pass over the vocabulary picks them (`Picked`), asks here for the
-losses and their derivatives by the picked numbers, and spreads those over the vocabulary again.
+All of the student that enters a position's loss is K + 2 numbers: the logits at the teacher's ids, the logit
+of the label, and the logsumexp. Whoever makes the pass over the vocabulary picks them (`Picked`), asks here for
+the losses and their derivatives by the picked numbers, and spreads those over the vocabulary again.
 """
 
 from typing import NamedTuple
@@ -20,9 +20,9 @@ Losses = tuple[Float[Array, "*P"], Float[Array, "*P"], Float[Array, "*P"]]  # lo
 class Picked(NamedTuple):
     """What the objective needs of student logits z [V], in the computation dtype.
 
-    `row_max` is a constant to derivatives: losses depend on differences of logits only, and those taken from the
-    row's maximum keep their digits when all logits are near 1000. It and `log_sum` are None where no pass over
-    the vocabulary was made.
+    `row_max` is a constant to derivatives: losses depend on differences of logits only, and those taken from
+    the row's maximum keep their digits when all logits are near 1000. It and `log_sum` are None where no pass
+    over the vocabulary was made.
     """
 
     topk: Float[Array, "*P K"]  # z at the teacher's ids; NaN at absent entries and at ids outside [0, V)
@@ -32,7 +32,7 @@ class Picked(NamedTuple):
 
 
 def evaluate(objective: Objective, picked: Picked, supervision: Supervision) -> Losses:
-    """(loss, kd, sft) of each position, in nats. A term of weight 0 stays out of the loss, whatever its value."""
+    """(loss, kd, sft) of each position in nats. A term of weight 0 stays out of the loss, whatever its value."""
     kd = kd_term(objective, picked, supervision)
     if objective.sft_loss_weight == 0:
         return objective.kd_loss_weight * kd, kd, jnp.zeros_like(kd)
@@ -45,32 +45,30 @@ def evaluate(objective: Objective, picked: Picked, supervision: Supervision) -> 
 def differentiate(
     objective: Objective, picked: Picked, supervision: Supervision, cotangents: Losses
 ) -> tuple[Float[Array, "*P K+1"], Float[Array, "*P"] | None]:
-    """Cotangents of the K picked logits with the label's beside them, and of the log-sum (None where not needed).
+    """Cotangents of the K picked logits with the label's beside them, and of the log-sum (None if not needed).
 
-    A cotangent of 0 stays 0 through every NaN and infinity: a masked position has no gradient, whatever it holds.
+    A cotangent of 0 stays 0 through every NaN and infinity: a masked position has no gradient, whatever it
+    holds.
     """
     loss_ct, kd_ct, sft_ct = cotangents
     kd_ct = objective.kd_loss_weight * loss_ct + kd_ct
-    sft_ct = objective.sft_loss_weight * loss_ct + sft_ct
+    sft_weight = objective.sft_loss_weight
+    sft_ct = sft_weight * loss_ct + sft_ct if sft_weight != 0 else jnp.zeros_like(sft_ct)  # sft is constant 0
 
     def kd(topk: Array, log_sum: Array | None) -> Array:
         return kd_term(objective, picked._replace(topk=topk, log_sum=log_sum), supervision)
 
     topk_ct, log_sum_ct = jax.vjp(kd, picked.topk, picked.log_sum)[1](kd_ct)
     topk_ct = jnp.where(kd_ct[..., None] == 0, 0, topk_ct)
-    label_ct = jnp.zeros_like(kd_ct)
+    label_ct = -objective.logits_scale * sft_ct
+    columns_ct = jnp.concatenate([topk_ct, label_ct[..., None]], axis=-1)
     if not objective.needs_log_sum:
-        log_sum_ct = None
-    else:
-        log_sum_ct = jnp.where(kd_ct == 0, 0, log_sum_ct)
-    if objective.sft_loss_weight != 0:
-        label_ct = -objective.logits_scale * sft_ct
-        log_sum_ct = log_sum_ct + sft_ct
-    return jnp.concatenate([topk_ct, label_ct[..., None]], axis=-1), log_sum_ct
+        return columns_ct, None
+    return columns_ct, jnp.where(kd_ct == 0, 0, log_sum_ct) + sft_ct
 
 
 def kd_term(objective: Objective, picked: Picked, supervision: Supervision) -> Float[Array, "*P"]:
-    """The divergence between the teacher's and the student's distributions over the top-k buckets, in nats."""
+    """The divergence of the teacher's and the student's distributions over the top-k buckets, in nats."""
     t_K = supervision.topk_logits.astype(picked.topk.dtype)
     present_K = t_K != -jnp.inf
     if not objective.ghost:
@@ -92,9 +90,7 @@ def sft_term(objective: Objective, picked: Picked) -> Float[Array, "*P"]:
     return picked.log_sum - objective.logits_scale * (picked.label - picked.row_max)
 
 
-def _log_softmax(
-    values_K: Float[Array, "*P K"], present_K: Bool[Array, "*P K"], scale: float
-) -> Float[Array, "*P K"]:
+def _log_softmax(values_K: Float[Array, "*P K"], present_K: Bool[Array, "*P K"], scale: float) -> Float[Array, "*P K"]:
     """log-softmax of scale * values over the present entries, centred before it is scaled."""
     values_K = jnp.where(present_K, values_K, -jnp.inf)
     centred_K = values_K - jax.lax.stop_gradient(values_K.max(axis=-1, keepdims=True))

@@ -25,17 +25,13 @@ def token_losses(objective: Objective, logits: Float[Array, "*P V"], supervision
 _Residuals = tuple[Float[Array, "*P V"], Supervision, Int[Array, "*P K+1"], Picked]
 
 
-def _forward(
-    objective: Objective, logits: Float[Array, "*P V"], supervision: Supervision
-) -> tuple[Losses, _Residuals]:
+def _forward(objective: Objective, logits: Float[Array, "*P V"], supervision: Supervision) -> tuple[Losses, _Residuals]:
     columns = taught_columns(objective, logits, supervision)
     picked = pick(objective, logits, columns, with_log_sum=objective.needs_log_sum)
     return evaluate(objective, picked, supervision), (logits, supervision, columns, picked)
 
 
-def _backward(
-    objective: Objective, residuals: _Residuals, cotangents: Losses
-) -> tuple[Float[Array, "*P V"], None]:
+def _backward(objective: Objective, residuals: _Residuals, cotangents: Losses) -> tuple[Float[Array, "*P V"], None]:
     logits, supervision, columns, picked = residuals
     columns_ct, log_sum_ct = differentiate(objective, picked, supervision, cotangents)
     return spread(objective, logits, columns, picked, columns_ct, log_sum_ct, logits.dtype), None
@@ -47,10 +43,10 @@ token_losses.defvjp(_forward, _backward)
 def taught_columns(
     objective: Objective, logits: Float[Array, "*P V"], supervision: Supervision
 ) -> Int[Array, "*P K+1"]:
-    """The vocabulary columns that the K entries and the label speak of; V, which is none, where they speak of none.
+    """The vocabulary columns that the K entries and the label speak of, or V, which is no column.
 
-    None have absent entries, ids outside [0, V), and the label when no term reads it. Under rank matching the
-    entries speak of the student's own K largest logits.
+    V stands for absent entries, for ids outside [0, V), and for the label when no term reads it. Under rank
+    matching the entries speak of the student's own K largest logits.
     """
     v = logits.shape[-1]
     ids = supervision.topk_token_ids
@@ -65,7 +61,7 @@ def taught_columns(
 def pick(
     objective: Objective, logits: Float[Array, "*P V"], columns: Int[Array, "*P K+1"], *, with_log_sum: bool
 ) -> Picked:
-    """The logits at the taught columns (NaN at column V) and, with a pass over the vocabulary, the logsumexp."""
+    """The logits at the taught columns (NaN at V) and, if asked for, the logsumexp over the vocabulary."""
     dtype = computation_dtype(logits)
     taught = jnp.take_along_axis(logits, columns, axis=-1, mode="fill", fill_value=jnp.nan).astype(dtype)
     topk, label = taught[..., :-1], taught[..., -1]
@@ -85,7 +81,7 @@ def spread(
     log_sum_ct: Float[Array, "*P"] | None,
     dtype: jnp.dtype,
 ) -> Float[Array, "*P V"]:
-    """The logits' cotangent in `dtype`, from those of the taught columns and of the log-sum (see `differentiate`)."""
+    """The logits' cotangent in `dtype`, from `differentiate`'s of the taught columns and of the log-sum."""
 
     def softmax_part(z: Float[Array, "*P N"]) -> Float[Array, "*P N"]:
         """What each z receives through the log-sum."""
@@ -105,8 +101,15 @@ def spread(
     return _overwrite(softmax_part(logits).astype(dtype), columns, taught_ct.astype(dtype))
 
 
-# Equal columns carry equal values, so the order of writing does not matter; column V is dropped. One row at a
-# time under vmap, so that XLA sees the positions as batch dimensions and keeps them sharded.
-_overwrite = jnp.vectorize(
-    lambda row, columns, values: row.at[columns].set(values, mode="drop"), signature="(v),(c),(c)->(v)"
-)
+def _overwrite(
+    dense: Float[Array, "*P V"], columns: Int[Array, "*P K+1"], values: Float[Array, "*P K+1"]
+) -> Float[Array, "*P V"]:
+    """`dense` with `values` at these columns; equal columns must carry equal values, and V is dropped."""
+    dtype = dense.dtype
+    if dtype.itemsize == 2:  # by their bits: XLA on a CPU scatters 16-bit floats through a float32 copy
+        dense, values = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (dense, values))
+    # Row by row under vmap: to XLA the positions are batch dimensions then, which stay sharded.
+    overwrite = jnp.vectorize(
+        lambda row, columns, values: row.at[columns].set(values, mode="drop"), signature="(v),(c),(c)->(v)"
+    )
+    return jax.lax.bitcast_convert_type(overwrite(dense, columns, values), dtype)

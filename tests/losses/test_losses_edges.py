@@ -1,0 +1,211 @@
+"""Where NeMo-Aligner's loss goes wrong, and other inputs at the edge: each gives the right value or a loud NaN."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from loss_oracle import Inputs, assert_close, jit, make_inputs, oracle
+
+from kdjax.losses import topk_kd_loss
+from kdjax.losses.reference import ABSENT
+
+both = pytest.mark.parametrize("implementation", ["reference", "xla"])
+
+
+def loss_and_gradient(implementation: str, inputs: Inputs, **settings: Any) -> tuple[Any, np.ndarray]:
+    """(loss, kd, sft) [B, T], and the gradient of the sum of the unmasked losses."""
+
+    def total(z: jax.Array) -> tuple[jax.Array, Any]:
+        losses = topk_kd_loss(z, *inputs.teaching, implementation=implementation, **settings)
+        return jnp.where(inputs.weight == 0, 0, losses[0]).sum(), losses
+
+    (_, losses), gradient = jit(jax.value_and_grad(total, has_aux=True))(inputs.logits)
+    return [np.asarray(x) for x in losses], np.asarray(gradient)
+
+
+def assert_right(implementation: str, inputs: Inputs, **settings: Any) -> None:
+    inputs.weight[:] = 1
+    *truths, slope = oracle(inputs, **settings)
+    losses, gradient = loss_and_gradient(implementation, inputs, **settings)
+    for ours, truth in zip(losses, truths, strict=True):
+        assert_close(ours, truth, "float32")
+    assert_close(gradient, slope, "float32")
+
+
+@both
+@pytest.mark.parametrize("shift", [500.0, -500.0])
+def test_teacher_values_of_any_size(implementation: str, shift: float) -> None:
+    """NeMo exponentiates the teacher's values as they come: above 88 infinity, all below -104 0/0."""
+    inputs = make_inputs(3, (2, 3, 17, 5))
+    inputs.topk_logits += np.float32(shift)
+    assert_right(implementation, inputs)
+
+
+@both
+@pytest.mark.parametrize("kd_loss", ["fwd_kl", "bwd_kl", "jsd"])
+def test_topk_far_below_the_student_maximum(implementation: str, kd_loss: str) -> None:
+    """NeMo exponentiates after subtracting the vocabulary's maximum: 150 below it, all K underflow to log 0."""
+    inputs = make_inputs(4, (1, 3, 23, 4))
+    for at in np.ndindex(1, 3):
+        inputs.logits[at][inputs.topk_token_ids[at]] -= 150
+    assert_right(implementation, inputs, kd_loss=kd_loss)
+
+
+@both
+def test_one_student_entry_underflows(implementation: str) -> None:
+    """NeMo's backward KL multiplies 0 by log 0 there."""
+    inputs = make_inputs(5, (1, 2, 23, 4))
+    for at in np.ndindex(1, 2):
+        inputs.logits[at][inputs.topk_token_ids[at][1]] = -200
+    assert_right(implementation, inputs, kd_loss="bwd_kl")
+
+
+@both
+@pytest.mark.parametrize("kd_loss", ["bwd_kl", "jsd"])
+@pytest.mark.parametrize("tail", ["renormalize", "ghost"])
+def test_student_minus_infinity_weighs_nothing(implementation: str, kd_loss: str, tail: str) -> None:
+    """q log q is 0 at q = 0, in value and derivative; a column nobody teaches may be -inf too."""
+    inputs = make_inputs(6, (1, 2, 23, 4))
+    for at in np.ndindex(1, 2):
+        inputs.logits[at][inputs.topk_token_ids[at][1]] = -np.inf
+        inputs.logits[at][np.setdiff1d(np.arange(23), inputs.topk_token_ids[at])[0]] = -np.inf
+    settings = {"kd_loss": kd_loss, "tail": tail, "log_sum_exp_logits": inputs.log_sum_exp_logits}
+    losses, gradient = loss_and_gradient(implementation, inputs, **settings)
+    inputs.logits = np.maximum(inputs.logits, -1e4)
+    expected, slope = loss_and_gradient(implementation, inputs, **settings)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_masked_positions_may_hold_anything(poison: float) -> None:
+    """NeMo multiplies by a mask of 0, and NaN times 0 is NaN."""
+    inputs = make_inputs(7, (2, 3, 19, 4))
+    settings = {"sft_loss_weight": 0.4}
+    *_, slope = oracle(inputs, **settings)
+    masked = inputs.weight == 0
+    assert masked.any()
+    inputs.logits[masked] = poison
+    inputs.topk_logits[masked] = poison
+    inputs.topk_token_ids[masked] = -7
+    inputs.labels[masked] = -100
+    _, gradient = loss_and_gradient("xla", inputs, **settings)
+    np.testing.assert_array_equal(gradient[masked], 0)
+    assert_close(gradient[~masked], slope[~masked], "float32")
+
+
+@both
+@pytest.mark.parametrize("shape", [(3, 1, 11, 4), (1, 3, 11, 4), (1, 1, 11, 1)])
+def test_one_position_or_one_row(implementation: str, shape: tuple[int, int, int, int]) -> None:
+    """NeMo squeezes a [B, 1] away and broadcasts to [B, B]."""
+    assert_right(implementation, make_inputs(8, shape), sft_loss_weight=0.3)
+
+
+@both
+@pytest.mark.parametrize("bad", [-1, -100, 19, 2**31 - 1])
+def test_ids_out_of_range_are_loud(implementation: str, bad: int) -> None:
+    """To NeMo such an id has the largest logit; in NumPy a negative one would be another token's."""
+    inputs = make_inputs(9, (1, 3, 19, 4))
+    good, _ = loss_and_gradient(implementation, inputs, sft_loss_weight=0.4)
+    inputs.topk_token_ids[0, 0, 2] = bad
+    inputs.labels[0, 1] = bad
+    losses, _ = loss_and_gradient(implementation, inputs, sft_loss_weight=0.4)
+    expected = np.array([[[1, 1, 0]], [[1, 0, 0]], [[0, 1, 0]]], bool)  # loss, kd, sft of the three positions
+    np.testing.assert_array_equal(np.isnan(losses), expected)
+    np.testing.assert_array_equal(np.array(losses)[~expected], np.array(good)[~expected])
+
+
+@both
+def test_small_integer_ids(implementation: str) -> None:
+    """A vocabulary beyond the ids' own dtype is no obstacle, nor are unsigned ids."""
+    inputs = make_inputs(10, (1, 2, 300, 4))
+    inputs.topk_token_ids %= 250
+    inputs.labels %= 250
+    expected, _ = loss_and_gradient(implementation, inputs, sft_loss_weight=0.4)
+    inputs.topk_token_ids, inputs.labels = inputs.topk_token_ids.astype("u1"), inputs.labels.astype("u1")
+    losses, _ = loss_and_gradient(implementation, inputs, sft_loss_weight=0.4)
+    np.testing.assert_array_equal(losses, expected)
+
+
+@both
+@pytest.mark.parametrize("kd_loss", ["fwd_kl", "bwd_kl", "jsd"])
+def test_duplicate_ids_add(implementation: str, kd_loss: str) -> None:
+    """NeMo assigns the gradients of equal ids over each other."""
+    inputs = make_inputs(11, (2, 2, 13, 6))
+    inputs.topk_token_ids[..., 3:] = inputs.topk_token_ids[..., :3]
+    inputs.labels = inputs.topk_token_ids[..., 1].copy()
+    assert_right(implementation, inputs, kd_loss=kd_loss, sft_loss_weight=0.6)
+
+
+def test_bfloat16_gradient_is_rounded_once() -> None:
+    """At label, teacher's id and duplicate in one, softmax - 1 + 2 (q - p) must not be added up in bfloat16."""
+    inputs = make_inputs(12, (4, 4, 67, 4), jnp.bfloat16)
+    inputs.topk_token_ids[..., 2] = inputs.topk_token_ids[..., 0]
+    inputs.labels = inputs.topk_token_ids[..., 0].copy()
+    inputs.weight[:] = 1
+    *_, slope = oracle(inputs, sft_loss_weight=1.0)
+    _, gradient = loss_and_gradient("xla", inputs, sft_loss_weight=1.0)
+    np.testing.assert_allclose(gradient.astype(np.float64), slope, rtol=2.0**-8, atol=1e-6)
+
+
+@both
+def test_logits_scale_reaches_both_terms(implementation: str) -> None:
+    inputs = make_inputs(13, (1, 3, 19, 4))
+    scaled = loss_and_gradient(implementation, inputs, sft_loss_weight=0.4, logits_scale=0.5)[0]
+    inputs.logits *= np.float32(0.5)
+    np.testing.assert_array_equal(scaled, loss_and_gradient(implementation, inputs, sft_loss_weight=0.4)[0])
+
+
+@both
+@pytest.mark.parametrize("settings", [{}, {"kd_loss": "jsd"}, {"tail": "ghost"}, {"cross_tokenizer": "rank_match"}])
+def test_absent_entries_are_as_good_as_missing(implementation: str, settings: dict[str, Any]) -> None:
+    """Wherever they stand and whatever their ids say."""
+    inputs = make_inputs(14, (1, 3, 19, 4))
+    settings = {**settings, "sft_loss_weight": 0.2, "log_sum_exp_logits": inputs.log_sum_exp_logits}
+    expected, slope = loss_and_gradient(implementation, inputs, **settings)
+    gaps = np.full((1, 3, 1), -np.inf, np.float32)
+    inputs.topk_logits = np.concatenate([gaps, inputs.topk_logits[..., :2], gaps, inputs.topk_logits[..., 2:]], -1)
+    ids = inputs.topk_token_ids
+    bad, taken = np.full((1, 3, 1), -5, ids.dtype), ids[..., :1]
+    inputs.topk_token_ids = np.concatenate([bad, ids[..., :2], taken, ids[..., 2:]], -1)
+    losses, gradient = loss_and_gradient(implementation, inputs, **settings)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-6)
+
+
+@both
+def test_a_position_without_any_entry_is_nan(implementation: str) -> None:
+    inputs = make_inputs(15, (1, 2, 19, 4))
+    inputs.topk_logits[0, 0] = -np.inf
+    kd = loss_and_gradient(implementation, inputs)[0][1]
+    np.testing.assert_array_equal(np.isnan(kd), [[True, False]])
+
+
+@both
+def test_empty_tail_is_finite(implementation: str) -> None:
+    """K = V: on both sides the tail holds 2^-23 at most, and the ghost bucket changes next to nothing."""
+    inputs = make_inputs(16, (2, 3, 7, 7))
+    plain, slope = loss_and_gradient(implementation, inputs)
+    settings = {"tail": "ghost", "log_sum_exp_logits": inputs.log_sum_exp_logits}
+    losses, gradient = loss_and_gradient(implementation, inputs, **settings)
+    np.testing.assert_allclose(losses, plain, atol=2e-5)
+    np.testing.assert_allclose(gradient, slope, atol=2e-5)
+
+
+def test_a_term_of_weight_zero_stays_out() -> None:
+    """Even its NaN: with kd_loss_weight = 0 the teacher's ids do not matter to loss or gradient."""
+    inputs = make_inputs(17, (1, 2, 19, 4))
+    settings = {"kd_loss_weight": 0.0, "sft_loss_weight": 1.0}
+    expected, slope = loss_and_gradient("xla", inputs, **settings)
+    inputs.topk_token_ids[:] = 99
+    losses, gradient = loss_and_gradient("xla", inputs, **settings)
+    np.testing.assert_array_equal(losses[0], expected[0])
+    np.testing.assert_array_equal(gradient, slope)
+    np.testing.assert_array_equal(losses[1], np.nan)
+
+
+def test_absent_weight_is_zero() -> None:
+    assert np.exp(np.float32(ABSENT)) == 0
+    assert np.isfinite(np.float32(ABSENT))
