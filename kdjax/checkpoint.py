@@ -123,14 +123,27 @@ def load_model(path: Path | str, *, dtype: str = "float32") -> GPT:
 
 def load_params(path: Path | str, config: ModelConfig, sharding: jax.sharding.Sharding | None = None) -> Params:
     """A model's parameters in `config.param_dtype`, restored directly into `sharding` (default: the first device)."""
+    source = _params_directory(Path(path))
     where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), param_shapes(config))
-    source = _params_directory(Path(path))
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(source, like)
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise UserError(f"the parameters in {source} do not fit {path}'s architecture: {error}") from error
+    with ocp.StandardCheckpointer() as checkpointer:
+        _compare_shapes(source, _shapes(checkpointer.metadata(source).item_metadata.tree), _shapes(like))
+        return checkpointer.restore(source, like)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _compare_shapes(source: Path, stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    lines = [
+        f"  {name}: {stored.get(name, 'nothing')} stored, {wanted.get(name, 'nothing')} wanted"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    ]
+    if lines:
+        raise UserError(f"the parameters in {source} do not fit the architecture beside them:\n" + "\n".join(lines))
 
 
 def read_model_config(path: Path | str) -> ModelConfig:

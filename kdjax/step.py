@@ -7,7 +7,7 @@ all-reduce over the devices, one division, one update.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp

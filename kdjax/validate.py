@@ -28,18 +28,8 @@ CHOICES: dict[str, Collection[str]] = {
     "optim.decay_rule": ("megatron", "nemo"),
     "checkpoint.best_metric": ("loss", "kd_loss", "sft_loss"),
 }
-POSITIVE = (
-    "model.layers model.d_model model.n_heads model.d_ff model.vocab_size model.n_groups model.head_dim "
-    "model.padded_vocab_size model.max_positions model.rope_theta model.norm_eps model.init_std "
-    "data.sequence_length data.top_k data.n_chunks data.n_examples_per_chunk data.read_threads data.prefetch "
-    "data.teacher_temperature batch.global_size batch.microbatch_size loss.logits_scale loss.target_logits_scale "
-    "optim.lr optim.eps optim.clip_norm train.steps train.val_every train.val_batches train.save_every train.log_every "
-    "train.early_stop_patience train.max_skipped_steps checkpoint.keep_last"
-).split()
-NOT_NEGATIVE = (
-    "data.max_bad_records loss.kd_loss_weight loss.sft_loss_weight optim.min_lr optim.warmup_steps optim.constant_steps "
-    "optim.weight_decay checkpoint.keep_best train.seed data.seed"
-).split()
+POSITIVE = ["model.layers", "model.d_model", "model.n_heads", "model.d_ff", "model.vocab_size", "model.n_groups", "model.head_dim", "model.padded_vocab_size", "model.max_positions", "model.rope_theta", "model.norm_eps", "model.init_std", "data.sequence_length", "data.top_k", "data.n_chunks", "data.n_examples_per_chunk", "data.read_threads", "data.prefetch", "data.teacher_temperature", "batch.global_size", "batch.microbatch_size", "loss.logits_scale", "loss.target_logits_scale", "optim.lr", "optim.eps", "optim.clip_norm", "train.steps", "train.val_every", "train.val_batches", "train.save_every", "train.log_every", "train.early_stop_patience", "train.max_skipped_steps", "checkpoint.keep_last"]
+NOT_NEGATIVE = ["data.max_bad_records", "loss.kd_loss_weight", "loss.sft_loss_weight", "optim.min_lr", "optim.warmup_steps", "optim.constant_steps", "optim.weight_decay", "checkpoint.keep_best", "train.seed", "data.seed"]
 SHARES = {
     "model.rope_fraction": (0, 1),
     "optim.b1": (0, 1),

@@ -31,9 +31,7 @@ def config(tmp_path: Path) -> Config:
 def first_batch(config: Config) -> Batch:
     data = open_dataset(config.data.train, config.data, vocab_size=config.model.vocab_size)
     size = config.batch.global_size
-    return next(
-        train_batches(data, config.data, global_size=size, start_step=0, stop_step=1, rows=slice(0, size))
-    )
+    return next(train_batches(data, config.data, global_size=size, start_step=0, stop_step=1, rows=slice(0, size)))
 
 
 def mesh_of(devices: int) -> jax.sharding.Mesh:
@@ -69,7 +67,7 @@ def oracle(config: Config, batch: Batch) -> tuple[float, Any]:
         )
         return jnp.where(batch.loss_mask > 0, per_token, 0).sum() / batch.loss_mask.sum()
 
-    return jax.value_and_grad(loss)(params)
+    return jax.jit(jax.value_and_grad(loss))(params)
 
 
 @pytest.mark.parametrize(("devices", "microbatch"), [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)])
@@ -81,7 +79,15 @@ def test_loss_and_update_whatever_the_split(config: Config, devices: int, microb
     config = changed(
         config,
         batch={"microbatch_size": microbatch},
-        optim={"name": "sgd", "b1": 0.0, "weight_decay": 0.0, "clip_norm": None, "schedule": "constant", "lr": 1.0, "warmup_steps": 0},
+        optim={
+            "name": "sgd",
+            "b1": 0.0,
+            "weight_decay": 0.0,
+            "clip_norm": None,
+            "schedule": "constant",
+            "lr": 1.0,
+            "warmup_steps": 0,
+        },
     )
     before = init_params(config.model, jax.random.key(config.train.seed))
     state, metrics = one_step(config, batch, devices)
@@ -117,7 +123,10 @@ def test_the_update_is_the_optimisers(config: Config) -> None:
     lr = float(schedule(config.optim, config.train.steps)(0))
     assert metrics["lr"] == pytest.approx(lr)
     jax.tree.map(
-        lambda p, d, q: np.testing.assert_allclose(p - lr * d, q, rtol=1e-4, atol=2e-6), params, directions, state.params
+        lambda p, d, q: np.testing.assert_allclose(p - lr * d, q, rtol=1e-4, atol=2e-6),
+        params,
+        directions,
+        state.params,
     )
     assert int(state.step) == 1
 

@@ -56,7 +56,7 @@ def config(directory: Path, *, records: int = 22, val_records: int = 11, **chang
             },
             "batch": {"global_size": 8, "microbatch_size": 2},
             "loss": {"sft_loss_weight": 0.4},
-            "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2},
+            "optim": {"lr": 3e-2, "min_lr": 3e-3, "warmup_steps": 2},
             "train": {"steps": 8, "val_every": 4, "save_every": 4},
             "mesh": {"data": 1},
         }

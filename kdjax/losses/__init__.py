@@ -53,7 +53,7 @@ def topk_kd_loss(
     Args:
       student_logits: [B, T, V], float32, bfloat16 or float16, over the true vocabulary.
       topk_logits: the teacher's values, in any order and with any shift; -inf marks an absent entry, which
-        takes part in nothing. A position needs at least one that is present, else its kd is NaN.
+        takes part in nothing. A position where all are absent has a kd of 0.
       topk_token_ids: their ids. One outside [0, V), negative ones too, makes the position's kd NaN. Ids that
         occur twice in a row count twice.
       labels: ids of the next tokens; one outside [0, V) makes the position's sft NaN. Not read when

@@ -133,9 +133,7 @@ def with_tail(log_prob: np.ndarray) -> np.ndarray:
     return np.append(log_prob, np.log(-np.expm1(mass)))
 
 
-def divergence(
-    log_p: np.ndarray, log_q: np.ndarray, kind: str, beta: float
-) -> tuple[float, np.ndarray]:
+def divergence(log_p: np.ndarray, log_q: np.ndarray, kind: str, beta: float) -> tuple[float, np.ndarray]:
     """The divergence and its derivatives by log q, each log q_k taken as free."""
     p, q = np.exp(log_p), np.exp(log_q)
     if kind == "fwd_kl":

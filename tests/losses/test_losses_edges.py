@@ -176,11 +176,15 @@ def test_absent_entries_are_as_good_as_missing(implementation: str, settings: di
 
 
 @both
-def test_a_position_without_any_entry_is_nan(implementation: str) -> None:
+@pytest.mark.parametrize("tail", ["renormalize", "ghost"])
+def test_a_position_without_any_entry_teaches_nothing(implementation: str, tail: str) -> None:
     inputs = make_inputs(15, (1, 2, 19, 4))
+    settings = {"tail": tail, "log_sum_exp_logits": inputs.log_sum_exp_logits}
+    expected, slope = loss_and_gradient(implementation, inputs, **settings)
     inputs.topk_logits[0, 0] = -np.inf
-    kd = loss_and_gradient(implementation, inputs)[0][1]
-    np.testing.assert_array_equal(np.isnan(kd), [[True, False]])
+    losses, gradient = loss_and_gradient(implementation, inputs, **settings)
+    np.testing.assert_array_equal(losses[1], [[0, expected[1][0, 1]]])
+    np.testing.assert_array_equal(gradient[0], [np.zeros(19), slope[0, 1]])
 
 
 @both

@@ -121,6 +121,7 @@ def test_finite_differences(settings: dict[str, Any]) -> None:
     inputs = make_inputs(1, SHAPE, "float64")
     with jax.enable_x64(True):
 
+        @jax.jit
         def mix(z: jax.Array) -> jax.Array:
             lse = inputs.log_sum_exp_logits
             loss, kd, sft = topk_kd_loss(z, *inputs.teaching, log_sum_exp_logits=lse, **settings)
@@ -129,6 +130,7 @@ def test_finite_differences(settings: dict[str, Any]) -> None:
 
         jax.test_util.check_grads(mix, (inputs.logits,), order=1, modes=["rev"], rtol=1e-6, atol=1e-8)
 
+        @jax.jit
         def linear(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
             lse = inputs.log_sum_exp_logits
             arguments = (*inputs.teaching, inputs.weight)
@@ -152,9 +154,11 @@ def test_transformations_agree() -> None:
         rows = [x[:, None] for x in (z, *teaching)]  # under vmap each row is a batch of one
         return jax.vmap(total)(*rows).sum()
 
-    plain = jax.grad(total)(logits, *inputs.teaching)
-    np.testing.assert_array_equal(jax.grad(total)(logits, *inputs.teaching), plain)
-    for other in (jit(total), jax.remat(total), row_by_row):
-        np.testing.assert_allclose(total(logits, *inputs.teaching), other(logits, *inputs.teaching), rtol=1e-6)
-        np.testing.assert_allclose(jax.grad(other)(logits, *inputs.teaching), plain, rtol=1e-5, atol=1e-7)
+    arguments = logits, *inputs.teaching
+    loss, gradient = jax.value_and_grad(total)(*arguments)
+    for other in (total, jax.jit(total), jax.remat(total), row_by_row):
+        again, and_gradient = jit(jax.value_and_grad(other))(*arguments)
+        np.testing.assert_allclose(again, loss, rtol=1e-6)
+        np.testing.assert_allclose(and_gradient, gradient, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(jax.grad(total)(*arguments), gradient)
     np.testing.assert_array_equal(logits, inputs.logits)

@@ -1,0 +1,36 @@
+"""The mesh: sizes filled in or refused, rows of the global batch to processes and devices."""
+
+import jax
+import numpy as np
+import pytest
+
+from kdjax import mesh as meshes
+from kdjax.config import MeshConfig
+from kdjax.types import UserError
+
+
+def test_minus_one_takes_what_is_left() -> None:
+    assert dict(meshes.make_mesh(MeshConfig()).shape) == {"pipe": 1, "data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(meshes.make_mesh(MeshConfig(tensor=2)).shape)["data"] == 4
+    assert meshes.replicas(meshes.make_mesh(MeshConfig(fsdp=2))) == 8
+
+
+@pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(tensor=3), MeshConfig(data=16)])
+def test_sizes_that_do_not_fit(config: MeshConfig) -> None:
+    with pytest.raises(UserError, match=r"mesh.data=.* does not fit 8 devices; mesh.data=-1 uses them all"):
+        meshes.make_mesh(config)
+
+
+def test_rows_are_contiguous_a_device() -> None:
+    mesh = meshes.make_mesh(MeshConfig())
+    assert meshes.process_rows(mesh, 16) == slice(0, 16)
+    rows = meshes.put_rows(mesh, {"x": np.arange(16)})["x"]
+    for shard in rows.addressable_shards:
+        first = 2 * list(mesh.devices.flat).index(shard.device)
+        np.testing.assert_array_equal(shard.data, [first, first + 1])
+
+
+def test_sums_run_over_all_rows() -> None:
+    mesh = meshes.make_mesh(MeshConfig())
+    total = meshes.per_device(lambda x: meshes.sum_over_batch_axes(x.sum()), mesh, meshes.ROWS, meshes.REPLICATED)
+    assert jax.jit(total)(meshes.put_rows(mesh, np.arange(16))) == 120
