@@ -1,8 +1,8 @@
 """NeMo-Aligner's tutorial: a 2B student from a Nemotron-3 8B chat teacher, on OpenAssistant.
 
 Purpose   what NeMo-Aligner's users have run; the same objective, batch and schedule
-Source    NeMo-Aligner docs/user-guide/knowledge-distillation.rst. Student: nvidia/GPT-2B-001, its shape from the model card
-          and the count of 2.25B parameters; a converted checkpoint's own architecture replaces it (model.init_from)
+Source    NeMo-Aligner docs/user-guide/knowledge-distillation.rst. Student: nvidia/GPT-2B-001, its shape from the
+          model card and the count of 2.25B parameters; a converted checkpoint's own replaces it (model.init_from)
 Hardware  8 H100 80 GB in the tutorial
 Time      50 minutes there; not measured here
 Expect    not measured here

@@ -43,8 +43,8 @@ def check_split(mesh: Mesh, batch: BatchConfig) -> None:
         below, above = batch.global_size // each * each, -(-batch.global_size // each) * each
         near = f"{below} or {above}" if below else f"{above}"
         raise UserError(
-            f"batch.global_size = {batch.global_size} is no multiple of microbatch_size {batch.microbatch_size} x {replicas(mesh)} "
-            f"devices; {near} would be, or another batch.microbatch_size"
+            f"batch.global_size = {batch.global_size} is no multiple of microbatch_size {batch.microbatch_size} x "
+            f"{replicas(mesh)} devices; {near} would be, or another batch.microbatch_size"
         )
 
 

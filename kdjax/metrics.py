@@ -120,8 +120,9 @@ class Recorder:
             log.warning("step %d left out: loss %s, gradient norm %s", step, values["loss"], values["grad_norm"])
             if self._in_a_row >= self._max_skipped:
                 raise UserError(
-                    f"loss or gradient was not finite for {self._in_a_row} steps in a row, up to step {step}; a lower optim.lr, "
-                    "model.dtype = 'float32' or a look at those records may help (train.max_skipped_steps sets the limit)"
+                    f"loss or gradient was not finite for {self._in_a_row} steps in a row, up to step {step}; a lower "
+                    "optim.lr, model.dtype = 'float32' or a look at those records may help "
+                    "(train.max_skipped_steps sets the limit)"
                 )
 
 

@@ -8,7 +8,8 @@ the jitted step.
 
 import functools
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from kdjax.config import ModelConfig
 log = logging.getLogger("kdjax")
 Params = dict[str, Any]
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swiglu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -95,7 +96,8 @@ class Attention(nnx.Module):
         self.v = Linear("BSD,DGH->BSGH", (D, G, H), (G, H) if qkv_bias else None, config.init_std, init)
         self.o = Linear("BTNH,NHD->BTD", (N, H, D), (D,) if config.bias else None, output_std(config), init)
         norm = functools.partial(Norm, (config.layers, H), "rmsnorm", config.norm_eps, init.param_dtype)
-        self.q_norm, self.k_norm = (norm(), norm()) if config.qk_norm else (None, None)
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
 
     def __call__(
         self,
@@ -119,7 +121,7 @@ class Attention(nnx.Module):
             v_BxSxGxH,
             mask=same_document_Bx1xTxS,
             is_causal=True,
-            implementation=attention_implementation(self.config),
+            implementation=cast(Literal["xla", "cudnn"], attention_implementation(self.config)),
         )
         return self.o(out_BxTxNxH)
 
@@ -266,7 +268,7 @@ def param_shapes(config: ModelConfig) -> Params:
 
 
 def init_params(config: ModelConfig, key: jax.Array | int) -> Params:
-    """Fresh parameters as a nested dict of arrays, drawn from a key or seed; those below "layers" have a leading axis L."""
+    """Fresh parameters as a nested dict of arrays, from a key or seed; those below "layers" have a leading axis L."""
     return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key)), nnx.Param))
 
 

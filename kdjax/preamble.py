@@ -40,13 +40,13 @@ def _sizes(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset) -> str:
     have = stats.get("bytes_limit", host // len(mesh.local_devices))
     if state > have:
         raise UserError(
-            f"parameters, gradients and optimiser state take {state / GIB:.1f} GiB ({count:,} parameters) and {device} has "
-            f"{have / GIB:.1f} GiB; a smaller model, or a device with more memory"
+            f"parameters, gradients and optimiser state take {state / GIB:.1f} GiB ({count:,} parameters) and {device} "
+            f"has {have / GIB:.1f} GiB; a smaller model, or a device with more memory"
         )
     if batch * (config.data.prefetch + 1) > host:
         raise UserError(
             f"batch.global_size {config.batch.global_size} x data.sequence_length {T} x {K} teacher entries take "
-            f"{batch / GIB:.1f} GiB a batch, {config.data.prefetch + 1} at once, and the host has {host / GIB:.1f} GiB; lower "
+            f"{batch / GIB:.1f} GiB a batch, {config.data.prefetch + 1} at once; the host has {host / GIB:.1f} GiB; lower "
             "data.top_k, data.prefetch or batch.global_size"
         )
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"

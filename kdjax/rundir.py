@@ -52,9 +52,10 @@ def _may_change(key: str, new: Config) -> bool:
 
 
 def check_data(then: str, now: str, config: Config) -> None:
-    """Compares the fingerprint of the records a checkpoint was trained on with today's. Raises UserError if they differ."""
+    """Compares the fingerprint of the records a checkpoint saw with today's. Raises UserError if they differ."""
     if then != now and not config.resume.allow_data_change:
         raise UserError(
-            f"the training records changed since the checkpoint was saved (fingerprint {then} then, {now} now): going on "
-            "would repeat some and skip others. Restore them, use another --workdir, or set resume.allow_data_change=True"
+            f"the training records changed since the checkpoint was saved (fingerprint {then} then, {now} now): going "
+            "on would repeat some and skip others. Restore them, use another --workdir, or set "
+            "resume.allow_data_change=True"
         )

@@ -94,7 +94,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], Sums
     weights = config.loss.kd_loss_weight, config.loss.sft_loss_weight
 
     def one(params: Params, microbatch: Batch) -> Sums:
-        sums = _loss_sums(config, params, microbatch, kd_loss_weight=1.0, sft_loss_weight=1.0)
+        sums = _loss_sums(config, params, microbatch, (1.0, 1.0))
         sums = sums._replace(loss=weights[0] * sums.kd_loss + weights[1] * sums.sft_loss)
         return _by_token(config, sums, microbatch)
 
@@ -107,8 +107,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], Sums
 
 def _objective(config: Config, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
     """A microbatch's share of what is minimised, before the one division by the summed count of "loss"."""
-    weights = config.loss.kd_loss_weight, config.loss.sft_loss_weight
-    sums = _loss_sums(config, params, batch, kd_loss_weight=weights[0], sft_loss_weight=weights[1])
+    sums = _loss_sums(config, params, batch, (config.loss.kd_loss_weight, config.loss.sft_loss_weight))
     metrics = _by_token(config, sums, batch)
     if config.loss.reduction == "nemo":  # every microbatch counts as one, however many tokens it holds
         for name in ("loss", "kd_loss", "sft_loss"):
@@ -116,7 +115,7 @@ def _objective(config: Config, params: Params, batch: Batch) -> tuple[jax.Array,
     return metrics["loss"].sum, metrics
 
 
-def _loss_sums(config: Config, params: Params, batch: Batch, **term_weights: float) -> LossSums:
+def _loss_sums(config: Config, params: Params, batch: Batch, weights: tuple[float, float]) -> LossSums:
     model, loss = bind(config.model, params), config.loss
     hidden_BxTxD = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
     rows = None if loss.include_vocab_padding else config.model.vocab_size
@@ -128,6 +127,8 @@ def _loss_sums(config: Config, params: Params, batch: Batch, **term_weights: flo
         batch.labels,
         batch.loss_mask,
         kd_loss=loss.kd_loss,
+        kd_loss_weight=weights[0],
+        sft_loss_weight=weights[1],
         logits_scale=loss.logits_scale,
         target_logits_scale=loss.target_logits_scale,
         cross_tokenizer=loss.cross_tokenizer,
@@ -135,7 +136,6 @@ def _loss_sums(config: Config, params: Params, batch: Batch, **term_weights: flo
         log_sum_exp_logits=batch.log_sum_exp_logits,
         jsd_beta=loss.jsd_beta,
         implementation=loss.implementation,
-        **term_weights,
     )
 
 

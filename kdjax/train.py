@@ -162,11 +162,13 @@ class Trainer:
 
 
 def _open(config: Config, data: DataConfig, paths: tuple[str, ...]) -> Dataset:
+    model = config.model
+    stored = model.padded_vocab_size or model.vocab_size
     return open_dataset(
         paths,
         data,
-        vocab_size=config.model.padded_vocab_size if config.loss.include_vocab_padding else config.model.vocab_size,
-        tokenizer_sha256=config.model.tokenizer_sha256,
+        vocab_size=stored if config.loss.include_vocab_padding else model.vocab_size,
+        tokenizer_sha256=model.tokenizer_sha256,
         target_logits_scale=config.loss.target_logits_scale,
         need_log_sum_exp=config.loss.tail == "ghost",
         ignore_teacher_ids=config.loss.cross_tokenizer is not None,

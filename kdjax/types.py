@@ -11,8 +11,7 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 
 class UserError(ValueError):
@@ -28,14 +27,14 @@ class Batch:
     `topk_logits[t]` predict after reading `tokens[..t]`. There is no further shift anywhere.
     """
 
-    tokens: Int[Array, "B T"] | np.ndarray
-    labels: Int[Array, "B T"] | np.ndarray
-    loss_mask: Float[Array, "B T"] | np.ndarray  # weight of each position; 0 leaves it out
-    topk_logits: Float[Array, "B T K"] | np.ndarray  # -inf where the teacher has fewer than K entries
-    topk_token_ids: Int[Array, "B T K"] | np.ndarray
-    log_sum_exp_logits: Float[Array, "B T"] | np.ndarray | None = None  # over the teacher's whole vocabulary
-    positions: Int[Array, "B T"] | np.ndarray | None = None  # None: 0 .. T-1
-    segment_ids: Int[Array, "B T"] | np.ndarray | None = None  # None: one document a row
+    tokens: Int[Any, "B T"]
+    labels: Int[Any, "B T"]
+    loss_mask: Float[Any, "B T"]  # weight of each position; 0 leaves it out
+    topk_logits: Float[Any, "B T K"]  # -inf where the teacher has fewer than K entries
+    topk_token_ids: Int[Any, "B T K"]
+    log_sum_exp_logits: Float[Any, "B T"] | None = None  # over the teacher's whole vocabulary
+    positions: Int[Any, "B T"] | None = None  # None: 0 .. T-1
+    segment_ids: Int[Any, "B T"] | None = None  # None: one document a row
 
 
 @jax.tree_util.register_dataclass

@@ -28,13 +28,31 @@ CHOICES: dict[str, Collection[str]] = {
     "optim.decay_rule": ("megatron", "nemo"),
     "checkpoint.best_metric": ("loss", "kd_loss", "sft_loss"),
 }
-POSITIVE = ["model.layers", "model.d_model", "model.n_heads", "model.d_ff", "model.vocab_size", "model.n_groups", "model.head_dim", "model.padded_vocab_size", "model.max_positions", "model.rope_theta", "model.norm_eps", "model.init_std", "data.sequence_length", "data.top_k", "data.n_chunks", "data.n_examples_per_chunk", "data.read_threads", "data.prefetch", "data.teacher_temperature", "batch.global_size", "batch.microbatch_size", "loss.logits_scale", "loss.target_logits_scale", "optim.lr", "optim.eps", "optim.clip_norm", "train.steps", "train.val_every", "train.val_batches", "train.save_every", "train.log_every", "train.early_stop_patience", "train.max_skipped_steps", "checkpoint.keep_last"]
-NOT_NEGATIVE = ["data.max_bad_records", "loss.kd_loss_weight", "loss.sft_loss_weight", "optim.min_lr", "optim.warmup_steps", "optim.constant_steps", "optim.weight_decay", "checkpoint.keep_best", "train.seed", "data.seed"]
-SHARES = {
-    "model.rope_fraction": (0, 1),
-    "optim.b1": (0, 1),
-    "optim.b2": (0, 1),
-}  # may be 0 or 1 where that makes sense
+POSITIVE = {
+    "model": "layers d_model n_heads d_ff vocab_size n_groups head_dim padded_vocab_size max_positions "
+    "rope_theta norm_eps init_std",
+    "data": "sequence_length top_k n_chunks n_examples_per_chunk read_threads prefetch teacher_temperature",
+    "batch": "global_size microbatch_size",
+    "loss": "logits_scale target_logits_scale",
+    "optim": "lr eps clip_norm",
+    "train": "steps val_every val_batches save_every log_every early_stop_patience max_skipped_steps",
+    "checkpoint": "keep_last",
+}
+NOT_NEGATIVE = {
+    "data": "max_bad_records seed",
+    "loss": "kd_loss_weight sft_loss_weight",
+    "optim": "min_lr warmup_steps constant_steps weight_decay",
+    "train": "seed",
+    "checkpoint": "keep_best",
+}
+SHARES = {"model": "rope_fraction", "optim": "b1 b2"}  # between 0 and 1
+
+
+def keys(groups: dict[str, str]) -> list[str]:
+    """The dotted keys of a table of groups."""
+    return [f"{group}.{name}" for group, names in groups.items() for name in names.split()]
+
+
 WHY = {
     "model.layers": "set it, or model.init_from to a converted checkpoint",
     "optim.clip_norm": "None turns clipping off",
@@ -84,15 +102,15 @@ def _choices(config: Config) -> None:
 
 
 def _ranges(config: Config) -> None:
-    for key in POSITIVE:
+    for key in keys(POSITIVE):
         if config[key] is not None and not config[key] > 0:
             _fail(key, config[key], WHY.get(key, "it must be greater than 0"))
-    for key in NOT_NEGATIVE:
+    for key in keys(NOT_NEGATIVE):
         if not config[key] >= 0:
             _fail(key, config[key], "it must not be negative")
-    for key, (low, high) in SHARES.items():
-        if not low <= config[key] <= high:
-            _fail(key, config[key], f"it must lie between {low} and {high}")
+    for key in keys(SHARES):
+        if not 0 <= config[key] <= 1:
+            _fail(key, config[key], "it must lie between 0 and 1")
     if config.data.verify_records < -1:
         _fail("data.verify_records", config.data.verify_records, "give a number of records, or -1 for all")
 
@@ -184,8 +202,8 @@ def _loss(config: Config) -> list[str]:
         _fail(
             "loss.target_logits_scale",
             loss.target_logits_scale,
-            f"data.teacher_temperature = {data.teacher_temperature} says that the stored logits are scaled already, so this "
-            "would be applied twice; set one of the two to 1",
+            f"data.teacher_temperature = {data.teacher_temperature} says that the stored logits are scaled already, so "
+            "this would be applied twice; set one of the two to 1",
         )
     warnings = []
     if data.top_k == 1 and loss.tail == "renormalize" and loss.kd_loss_weight > 0:
@@ -209,8 +227,8 @@ def _schedule(config: Config) -> None:
         _fail(
             "optim.constant_steps" if optim.constant_steps else "optim.warmup_steps",
             optim.constant_steps or optim.warmup_steps,
-            f"warmup_steps {optim.warmup_steps} + constant_steps {optim.constant_steps} leave none of train.steps = {steps} "
-            f"for the decay; together they may be at most {steps - 1}",
+            f"warmup_steps {optim.warmup_steps} + constant_steps {optim.constant_steps} leave none of train.steps = "
+            f"{steps} for the decay; together they may be at most {steps - 1}",
         )
 
 

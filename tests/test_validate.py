@@ -5,7 +5,7 @@ import pytest
 from kdjax import config as configs
 from kdjax.config import Config
 from kdjax.types import UserError
-from kdjax.validate import CHOICES, NOT_NEGATIVE, POSITIVE, SHARES, resolve, validate
+from kdjax.validate import CHOICES, NOT_NEGATIVE, POSITIVE, SHARES, keys, resolve, validate
 
 GOOD = resolve(
     configs.build(
@@ -41,20 +41,20 @@ def test_unknown_choices_list_the_known(key: str) -> None:
         validate(configs.replace(GOOD, **{key.replace(".", "__"): "typo"}))
 
 
-@pytest.mark.parametrize("key", POSITIVE)
+@pytest.mark.parametrize("key", keys(POSITIVE))
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
 def test_positive_numbers(key: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"{key} = (0|-1|nan): "):
         validate(configs.replace(GOOD, **{key.replace(".", "__"): value}))
 
 
-@pytest.mark.parametrize("key", NOT_NEGATIVE)
+@pytest.mark.parametrize("key", keys(NOT_NEGATIVE))
 def test_numbers_that_may_be_zero_but_not_less(key: str) -> None:
     with pytest.raises(UserError, match=rf"{key} = -1: it must not be negative"):
         validate(configs.replace(GOOD, **{key.replace(".", "__"): -1}))
 
 
-@pytest.mark.parametrize("key", SHARES)
+@pytest.mark.parametrize("key", keys(SHARES))
 def test_shares(key: str) -> None:
     with pytest.raises(UserError, match=rf"{key} = 1.5: it must lie between 0 and 1"):
         validate(configs.replace(GOOD, **{key.replace(".", "__"): 1.5}))

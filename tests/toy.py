@@ -1,4 +1,4 @@
-"""A small distillation problem: seeded records with ragged lengths and masks, and a configuration that learns from them."""
+"""A small distillation problem: seeded records of ragged lengths, and a configuration that learns from them."""
 
 import json
 from pathlib import Path
