@@ -46,7 +46,7 @@ def _sizes(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset) -> str:
     if batch * (config.data.prefetch + 1) > host:
         raise UserError(
             f"batch.global_size {config.batch.global_size} x data.sequence_length {T} x {K} teacher entries take "
-            f"{batch / GIB:.1f} GiB a batch, {config.data.prefetch + 1} at once; the host has {host / GIB:.1f} GiB; lower "
+            f"{batch / GIB:.1f} GiB a batch, {config.data.prefetch + 1} at once; the host has {host / GIB:.1f}; lower "
             "data.top_k, data.prefetch or batch.global_size"
         )
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"

@@ -1,0 +1,69 @@
+"""The README is true: its commands exist, its links resolve, the output it shows is what the program prints."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdjax import config as configs
+from kdjax.validate import CHOICES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_links_resolve() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_commands_exist() -> None:
+    commands = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.strip()]
+    assert any("scripts/quickstart.sh" in command for command in commands)
+    assert any("scripts/test.sh" in command for command in commands)
+    for command in commands:
+        for word in re.findall(r"(?:scripts|configs)/[\w./]+", command):
+            assert (ROOT / word).exists(), word
+        for module in re.findall(r"-m (kdjax\.\w+)", command):
+            assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+        for key in re.findall(r"--config\.([\w.]+)", command):
+            assert key in configs.KNOBS, key
+
+
+def test_named_knobs_and_choices_exist() -> None:
+    for key in re.findall(r"`((?:" + "|".join(configs.GROUPS) + r")\.\w+)", README):
+        assert key in configs.KNOBS, key
+    for key, value in re.findall(r"`((?:\w+)\.(?:\w+)) = \"(\w+)\"`", README):
+        assert value in CHOICES[key], (key, value)
+
+
+def test_python_blocks_run() -> None:
+    blocks = [text for kind, text in BLOCKS if kind == "python"]
+    assert blocks
+    for text in blocks:
+        exec(compile(text, "README.md", "exec"), {})
+
+
+@pytest.mark.slow
+def test_quickstart_prints_what_the_readme_shows(tmp_path: Path) -> None:
+    """Every line of the README's quickstart output but the times, to two digits; and the promised end."""
+    shown = next(text for kind, text in BLOCKS if kind == "text" and "validation" in text)
+    command = [sys.executable, "-m", "kdjax.train", "--config", "configs/quickstart.py", "--workdir", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, as a user
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True, timeout=600)
+    printed = done.stdout.splitlines()
+    for line in shown.splitlines():
+        if "validation" in line:
+            step = line.split()[1]
+            same = next(other for other in printed if other.split()[:2] == ["step", step] and "validation" in other)
+            for name in ("loss", "kd_loss", "sft_loss"):
+                ours, theirs = (float(re.search(rf"\b{name} ([\d.]+)", x)[1]) for x in (same, line))
+                assert ours == pytest.approx(theirs, rel=0.02), (line, same)
+        elif not re.search(r"step \d+/|workdir|checkpoints are in|…", line):
+            assert line in printed, line
+    last = [line for line in printed if "validation" in line][-1]
+    assert float(re.search(r"sft_loss ([\d.]+)", last)[1]) < 6.7
