@@ -27,14 +27,19 @@ _Residuals = tuple[Float[Array, "*P V"], Supervision, Int[Array, "*P K+1"], Pick
 
 def _forward(objective: Objective, logits: Float[Array, "*P V"], supervision: Supervision) -> tuple[Losses, _Residuals]:
     columns = taught_columns(objective, logits, supervision)
-    picked = pick(objective, logits, columns, with_log_sum=objective.needs_log_sum)
+    picked = pick(logits, columns)
+    if objective.needs_log_sum:
+        row_max = logits.max(axis=-1).astype(picked.topk.dtype)
+        log_sum = jnp.log(exponentiate(objective, logits, row_max).sum(axis=-1))
+        picked = picked._replace(row_max=row_max, log_sum=log_sum)
     return evaluate(objective, picked, supervision), (logits, supervision, columns, picked)
 
 
 def _backward(objective: Objective, residuals: _Residuals, cotangents: Losses) -> tuple[Float[Array, "*P V"], None]:
     logits, supervision, columns, picked = residuals
     columns_ct, log_sum_ct = differentiate(objective, picked, supervision, cotangents)
-    return spread(objective, logits, columns, picked, columns_ct, log_sum_ct, logits.dtype), None
+    exponentials = None if picked.row_max is None else exponentiate(objective, logits, picked.row_max)
+    return spread(objective, logits, exponentials, columns, picked, columns_ct, log_sum_ct, logits.dtype), None
 
 
 token_losses.defvjp(_forward, _backward)
@@ -58,23 +63,24 @@ def taught_columns(
     return jnp.concatenate([ids.astype(jnp.int32), labels.astype(jnp.int32)[..., None]], axis=-1)
 
 
-def pick(
-    objective: Objective, logits: Float[Array, "*P V"], columns: Int[Array, "*P K+1"], *, with_log_sum: bool
-) -> Picked:
-    """The logits at the taught columns (NaN at V) and, if asked for, the logsumexp over the vocabulary."""
-    dtype = computation_dtype(logits)
-    taught = jnp.take_along_axis(logits, columns, axis=-1, mode="fill", fill_value=jnp.nan).astype(dtype)
-    topk, label = taught[..., :-1], taught[..., -1]
-    if not with_log_sum:
-        return Picked(topk, label)
-    row_max = logits.max(axis=-1).astype(dtype)
-    centred = logits.astype(dtype) - row_max[..., None]
-    return Picked(topk, label, row_max, jnp.log(jnp.sum(jnp.exp(objective.logits_scale * centred), axis=-1)))
+def pick(logits: Float[Array, "*P V"], columns: Int[Array, "*P K+1"]) -> Picked:
+    """The logits at the taught columns (NaN at V), without the numbers that take a pass over the vocabulary."""
+    taught = jnp.take_along_axis(logits, columns, axis=-1, mode="fill", fill_value=jnp.nan)
+    taught = taught.astype(computation_dtype(logits))
+    return Picked(taught[..., :-1], taught[..., -1])
+
+
+def exponentiate(
+    objective: Objective, logits: Float[Array, "*P V"], row_max: Float[Array, "*P"]
+) -> Float[Array, "*P V"]:
+    """exp(logits_scale (z - row_max)), whose sum is the exponential of the log-sum."""
+    return jnp.exp(objective.logits_scale * (logits.astype(row_max.dtype) - row_max[..., None]))
 
 
 def spread(
     objective: Objective,
     logits: Float[Array, "*P V"],
+    exponentials: Float[Array, "*P V"] | None,
     columns: Int[Array, "*P K+1"],
     picked: Picked,
     columns_ct: Float[Array, "*P K+1"],
@@ -82,23 +88,20 @@ def spread(
     dtype: jnp.dtype,
 ) -> Float[Array, "*P V"]:
     """The logits' cotangent in `dtype`, from `differentiate`'s of the taught columns and of the log-sum."""
-
-    def softmax_part(z: Float[Array, "*P N"]) -> Float[Array, "*P N"]:
-        """What each z receives through the log-sum."""
-        if log_sum_ct is None:
-            return jnp.zeros(z.shape, picked.topk.dtype)
-        assert picked.row_max is not None
-        assert picked.log_sum is not None
-        centred = z.astype(picked.topk.dtype) - picked.row_max[..., None]
-        probability = jnp.exp(objective.logits_scale * centred - picked.log_sum[..., None])
-        ct = objective.logits_scale * log_sum_ct[..., None]
-        return jnp.where(ct == 0, 0, ct * probability)
-
-    taught = jnp.concatenate([picked.topk, picked.label[..., None]], axis=-1)
     same_column = columns[..., :, None] == columns[..., None, :]
-    added = jnp.where(same_column, columns_ct[..., None, :], 0).sum(axis=-1)
-    taught_ct = softmax_part(taught) + added
-    return _overwrite(softmax_part(logits).astype(dtype), columns, taught_ct.astype(dtype))
+    taught_ct = jnp.where(same_column, columns_ct[..., None, :], 0).sum(axis=-1)
+    if log_sum_ct is None:
+        return _overwrite(jnp.zeros_like(logits, dtype), columns, taught_ct.astype(dtype))
+    assert exponentials is not None
+    assert picked.row_max is not None
+    assert picked.log_sum is not None
+    # What each column receives through the log-sum: the row's factor times its exponential.
+    factor = (objective.logits_scale * log_sum_ct * jnp.exp(-picked.log_sum))[..., None]
+    factor = jnp.where(log_sum_ct[..., None] == 0, 0, factor)
+    taught = jnp.concatenate([picked.topk, picked.label[..., None]], axis=-1)
+    taught_ct += jnp.where(factor == 0, 0, factor * exponentiate(objective, taught, picked.row_max))
+    dense_ct = jnp.where(factor == 0, 0, factor * exponentials)
+    return _overwrite(dense_ct.astype(dtype), columns, taught_ct.astype(dtype))
 
 
 def _overwrite(

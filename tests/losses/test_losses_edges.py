@@ -190,7 +190,7 @@ def test_a_position_without_any_entry_teaches_nothing(implementation: str, tail:
 @both
 def test_empty_tail_is_finite(implementation: str) -> None:
     """K = V: on both sides the tail holds 2^-23 at most, and the ghost bucket changes next to nothing."""
-    inputs = make_inputs(16, (2, 3, 7, 7))
+    inputs = make_inputs(16, (4, 16, 7, 7))
     plain, slope = loss_and_gradient(implementation, inputs)
     settings = {"tail": "ghost", "log_sum_exp_logits": inputs.log_sum_exp_logits}
     losses, gradient = loss_and_gradient(implementation, inputs, **settings)

@@ -45,7 +45,8 @@ def run(
         sums = linear_topk_kd_loss(hidden, unembed, *arguments, log_sum_exp_logits=lse, **settings, **choice)
         return 0.5 * sums.loss, sums
 
-    (_, sums), gradients = jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(hidden, unembed)
+    gradient = jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    (_, sums), gradients = jax.block_until_ready(gradient(hidden, unembed))  # which may be changed in place after
     return sums, gradients
 
 
