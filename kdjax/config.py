@@ -48,7 +48,7 @@ class ModelConfig:
     tied: bool = knob(True, "unembedding = embedding")
     init_std: float = knob(0.02, "standard deviation of the initial weights")
     scaled_init: bool = knob(True, "divide it by sqrt(2 layers) where a layer writes to the residual stream")
-    dtype: str = knob("bfloat16", "dtype of activations and matmuls: bfloat16 | float16 | float32")
+    dtype: str = knob("bfloat16", "dtype of activations and matmuls: bfloat16 | float32")
     param_dtype: str = knob("float32", "dtype of the master weights: float32 | bfloat16")
     remat: str = knob("layer", "what the backward pass recomputes: none | dots (all but matmuls) | layer")
     attention: str | None = knob(None, "xla | cudnn; None: cudnn where it can run, else xla")

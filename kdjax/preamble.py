@@ -1,18 +1,32 @@
 """What a run says before its first step: the configuration, the records, the size of things, the learning rate."""
 
+import logging
 import os
 
 import jax
 import numpy as np
 
 from kdjax import config as configs
+from kdjax import mesh as meshes
 from kdjax.config import Config
 from kdjax.data.dataset import Dataset
 from kdjax.model import param_shapes
 from kdjax.optim import schedule
 from kdjax.types import UserError
 
+log = logging.getLogger("kdjax")
+
 GIB = 2**30
+
+
+def check_devices(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError when these devices cannot do what the configuration asks of them."""
+    meshes.check_split(mesh, config.batch)
+    device = mesh.devices.flat[0]
+    if config.model.attention == "cudnn" and device.platform != "gpu":
+        raise UserError(
+            f"model.attention = 'cudnn' needs an NVIDIA GPU, and this is {device.device_kind}; 'xla' runs here"
+        )
 
 
 def tell(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset, val_set: Dataset | None) -> None:
@@ -23,6 +37,10 @@ def tell(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset, val_set: D
     for name, data in (("train", train_set), ("val", val_set)):
         if data is not None:
             print("\n".join(f"{name}: {line}" for line in data.summary()))
+    if train_set.top_k == 1 and config.loss.tail == "renormalize" and config.loss.kd_loss_weight > 0:
+        log.warning(
+            "one teacher entry a position, renormalised: the KD term is identically 0; loss.tail = 'ghost' is not"
+        )
     print(_sizes(config, mesh, train_set))
     print(_rates(config), flush=True)
 

@@ -53,11 +53,10 @@ def run(
     step where that is possible.
     """
     config = resolve(adopt_architecture(config))
-    for warning in validate(config):
-        log.warning(warning)
+    validate(config)
     rundir.claim(workdir, config)
     mesh = meshes.make_mesh(config.mesh, devices)
-    meshes.check_split(mesh, config.batch)
+    preamble.check_devices(config, mesh)
     train_set = _open(config, config.data, config.data.train)
     any_chunks = dataclasses.replace(config.data, n_chunks=None, n_examples_per_chunk=None)
     val_set = _open(config, any_chunks, config.data.val) if config.data.val else None

@@ -4,15 +4,17 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 
 from kdjax import config as configs
-from kdjax.checkpoint import adopt_architecture, load_model, load_params, read_model_config, save_model
+from kdjax.checkpoint import RunCheckpoints, adopt_architecture, load_model, load_params, read_model_config, save_model
 from kdjax.config import ModelConfig
 from kdjax.mesh import make_mesh, replicated
 from kdjax.model import bind, init_params
+from kdjax.step import TrainState
 from kdjax.types import UserError
 
 MODEL = ModelConfig(
@@ -51,11 +53,11 @@ def test_restores_into_any_sharding(saved: Path) -> None:
 
 def test_its_architecture_rules_and_the_arithmetic_stays(saved: Path) -> None:
     mine = configs.replace(
-        configs.Config(), model__init_from=str(saved), model__layers=9, model__dtype="float16", model__remat="dots"
+        configs.Config(), model__init_from=str(saved), model__layers=9, model__dtype="bfloat16", model__remat="dots"
     )
     model = adopt_architecture(mine).model
     assert (model.layers, model.norm, model.padded_vocab_size) == (2, "layernorm", 64)
-    assert (model.dtype, model.remat, model.init_from) == ("float16", "dots", str(saved))
+    assert (model.dtype, model.remat, model.init_from) == ("bfloat16", "dots", str(saved))
 
 
 def test_training_starts_from_it(saved: Path, tmp_path: Path) -> None:
@@ -64,6 +66,23 @@ def test_training_starts_from_it(saved: Path, tmp_path: Path) -> None:
     toy_config = toy.config(tmp_path, model__init_from=str(saved), optim__lr=1e-12, optim__min_lr=0.0)
     outcome = run(configs.replace(toy_config, train__steps=3), tmp_path / "run", devices=jax.devices()[:1])
     np.testing.assert_allclose(outcome.state.params["embed"], init_params(MODEL, 0)["embed"], atol=1e-9)
+
+
+def test_keeps_the_newest_and_the_best_by_the_chosen_metric(tmp_path: Path) -> None:
+    """Losses as they fall and rise again; the metric that decides is the configured one."""
+    losses, sft_losses = [5.0, 1.0, 3.0, 4.0, 2.0], [1.0, 2.0, 3.0, 4.0, 5.0]
+    for metric, last, best, kept in (("loss", 1, 1, {2, 5}), ("sft_loss", 1, 2, {1, 2, 5}), ("loss", 2, 0, {4, 5})):
+        config = configs.replace(
+            configs.Config(), checkpoint__best_metric=metric, checkpoint__keep_last=last, checkpoint__keep_best=best
+        )
+        workdir = tmp_path / f"{metric}{last}{best}"
+        checkpoints = RunCheckpoints(workdir, config)
+        for step, (loss, sft_loss) in enumerate(zip(losses, sft_losses, strict=True), 1):
+            state = TrainState(jnp.int32(step), {"w": jnp.ones(2)}, {"m": jnp.ones(2)})
+            checkpoints.save(state, {"data": ""}, {"loss": loss, "sft_loss": sft_loss})
+        checkpoints.wait()
+        assert {int(path.name) for path in (workdir / "checkpoints").iterdir()} == kept
+        checkpoints.close()
 
 
 def test_a_directory_without_a_model(tmp_path: Path) -> None:

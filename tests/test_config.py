@@ -1,5 +1,8 @@
 """Building, overriding, saving and comparing configurations, and what each mistake is told."""
 
+import re
+from pathlib import Path
+
 import pytest
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -73,6 +76,21 @@ def test_config_files_that_cannot_be_read(tmp_path) -> None:
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(UserError, match=r"defines no get_config"):
         cli.load(tmp_path / "empty.py")
+
+
+def test_every_knob_is_used_and_tested() -> None:
+    """Each is read somewhere below config.py, and some test sets it; what it must change is for that test to say."""
+    root = Path(__file__).parent
+    used = "\n".join(
+        p.read_text() for p in (root.parent / "kdjax").rglob("*.py") if p.name not in ("config.py", "validate.py")
+    )
+    tested = "\n".join(
+        p.read_text() for p in root.rglob("test_*.py") if p.name not in ("test_config.py", "test_validate.py")
+    )
+    for dotted in configs.KNOBS:
+        group, name = dotted.split(".")
+        assert re.search(rf"\b{name}\b", used), f"nothing reads {dotted}"
+        assert re.search(rf"\b({group}__)?{name}\b", tested), f"no test sets {dotted}"
 
 
 def test_every_knob_says_what_it_means() -> None:

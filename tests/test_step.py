@@ -191,6 +191,18 @@ def test_validation_counts_every_token_once_whatever_the_batch(config: Config) -
             np.testing.assert_allclose(found[name], value, rtol=2e-6, err_msg=name)
 
 
+def test_packed_and_unpacked_agree(config: Config) -> None:
+    """Short records in one row, kept apart, have the losses they have in rows of their own."""
+    config = changed(config, data={"sequence_length": 40}, model={"init_std": 0.3})
+    packed = changed(config, data={"pack": True})
+    rows = open_dataset(packed.data.val, packed.data, vocab_size=packed.model.vocab_size).rows
+    assert rows is not None
+    assert len(rows) < 6  # eleven records of 5 to 12 tokens
+    expected, found = evaluate(config, 1, 8), evaluate(packed, 1, 8)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-6, err_msg=name)
+
+
 def test_validation_measures_terms_of_weight_zero(config: Config) -> None:
     both, kd_only = (evaluate(changed(config, loss={"sft_loss_weight": w}), 1, 8) for w in (0.4, 0.0))
     np.testing.assert_allclose(kd_only["sft_loss"], both["sft_loss"], rtol=1e-6)

@@ -266,6 +266,44 @@ def test_logging_knobs(tmp_path: Path) -> None:
     assert metrics.read(tmp_path / "run", "val")[0]["tokens"] == tokens
 
 
+def test_one_entry_renormalised_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = configs.replace(toy.config(tmp_path, train__steps=3), data__top_k=1)
+    run(config, tmp_path / "renormalized")
+    assert "the KD term is identically 0" in caplog.text
+    assert {line["kd_loss"] for line in metrics.read(tmp_path / "renormalized")} == {0.0}
+    caplog.clear()
+    run(configs.replace(config, loss__tail="ghost"), tmp_path / "ghost")
+    assert "identically 0" not in caplog.text
+
+
+def test_cudnn_is_refused_where_there_is_no_gpu(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model.attention = 'cudnn' needs an NVIDIA GPU, and this is cpu"):
+        run(toy.config(tmp_path, model__attention="cudnn"), tmp_path / "run")
+
+
+def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the package records what it is handed."""
+    (tmp_path / "wandb.py").write_text(
+        "logged, started = [], []\n"
+        "class Run:\n"
+        "    def log(self, values, step): logged.append((step, values))\n"
+        "    def finish(self): logged.append('finished')\n"
+        "def init(**kwargs):\n"
+        "    started.append(kwargs)\n"
+        "    return Run()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run(toy.config(tmp_path, train__wandb_project="distil", train__steps=3), tmp_path / "run")
+    import wandb
+
+    assert wandb.started[0]["project"] == "distil"
+    assert wandb.started[0]["config"]["train.steps"] == 3
+    assert wandb.logged[0][0] == 0
+    assert "val/kd_loss" in wandb.logged[0][1]
+    assert {"train/loss", "train/lr"} <= wandb.logged[1][1].keys()
+    assert wandb.logged[-1] == "finished"
+
+
 def test_ghost_without_logsumexp_is_refused(tmp_path: Path) -> None:
     config = configs.replace(toy.config(tmp_path), loss__tail="ghost")
     lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
