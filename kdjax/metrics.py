@@ -132,20 +132,23 @@ class Progress:
     EVERY_S = 10.0
 
     def __init__(self, total: int, start: int):
-        self._total, self._start, self._began, self._said = total, start, time.monotonic(), -math.inf
+        self._total, self._said = total, -math.inf
+        self._first: tuple[int, float] | None = None  # step and time of the first update, whose step also compiled
         self._bar = (
             tqdm.tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
         )
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """`step` updates are done."""
+        now = time.monotonic()
+        first, began = self._first = self._first or (step, now)
         if self._bar is not None:
             self._bar.set_postfix_str(told(values), refresh=False)
             self._bar.update(step - self._bar.n)
-        elif time.monotonic() - self._said > self.EVERY_S or step == self._total:
-            self._said = time.monotonic()
-            left = (self._said - self._began) / max(step - self._start, 1) * (self._total - step)
-            self.say(f"step {step}/{self._total}  {told(values)}  {left:.0f} s left")
+        elif now - self._said > self.EVERY_S or step == self._total:
+            self._said = now
+            left = f"  {(now - began) / (step - first) * (self._total - step):.0f} s left" if step > first else ""
+            self.say(f"step {step}/{self._total}  {told(values)}{left}")
 
     def say(self, text: str) -> None:
         """A line that does not break the bar."""

@@ -92,6 +92,8 @@ class Trainer:
         recorder = metrics.Recorder(self.log_to, self.progress, train.log_every, train.max_skipped_steps)
         if start == 0:
             validation = self.validate(0, state.params)
+        elif self.has_stalled():
+            return Outcome(state, None, "stopped early")
         recorder.pause()
         for step, batch in enumerate(self.batches(start), start):
             state, step_metrics = train_step(state, batch)
@@ -104,11 +106,12 @@ class Trainer:
                 ended = "stopped early" if self.has_stalled() else ended
             if stop.is_set() and not last:
                 ended = "interrupted"
-            if last or done % train.save_every == 0 or ended != "complete":
+            saves = last or done % train.save_every == 0 or ended != "complete"
+            if saves:
                 recorder.flush()
                 meta = {"data": self.train_set.fingerprint}
                 self.checkpoints.save(state, meta, validation if validates else None)
-            if validates:
+            if validates or saves:
                 recorder.pause()
             if ended != "complete":
                 break

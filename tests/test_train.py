@@ -194,6 +194,8 @@ def test_early_stop_and_best_checkpoint(tmp_path: Path) -> None:
     assert int(outcome.state.step) == best + 3
     kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == sorted({int(outcome.state.step), best} - {0})
+    again = run(config, tmp_path / "run")
+    assert (again.ended, int(again.state.step)) == ("stopped early", int(outcome.state.step))
 
 
 def test_best_metric_and_keep_last(tmp_path: Path) -> None:
