@@ -151,9 +151,9 @@ def read_model_config(path: Path | str) -> ModelConfig:
     path = Path(path)
     if (path / MODEL_CONFIG).exists():
         return build({"model": json.loads((path / MODEL_CONFIG).read_text())}).model
-    for run in (path, path.parent.parent):  # a run directory, or RUN/checkpoints/STEP
-        if (run / "config.json").exists():
-            return from_json((run / "config.json").read_text()).model
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    if (run / "config.json").exists():
+        return from_json((run / "config.json").read_text()).model
     raise UserError(
         f"model.init_from = {str(path)!r} holds neither {MODEL_CONFIG} nor a run's config.json; "
         "give a converted checkpoint or a run directory"

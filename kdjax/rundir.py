@@ -18,13 +18,19 @@ def claim(workdir: Path, config: Config) -> None:
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if path.exists() and _has_begun(workdir):
             _compare(workdir, configs.from_json(path.read_text()), config)
         fresh = path.with_suffix(".new")
         fresh.write_text(configs.to_json(config))
         fresh.replace(path)
     except OSError as error:
         raise UserError(f"--workdir {workdir}: cannot be written: {error}") from error
+
+
+def _has_begun(workdir: Path) -> bool:
+    """Whether there is anything to lose; a run that failed before its first line is none."""
+    log_file = workdir / "metrics.jsonl"
+    return (log_file.exists() and log_file.stat().st_size > 0) or any(workdir.glob("checkpoints/*"))
 
 
 def _compare(workdir: Path, old: Config, new: Config) -> None:

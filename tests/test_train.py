@@ -156,6 +156,13 @@ def test_a_directory_of_another_run_is_refused_with_the_difference(whole: tuple[
     assert "another --workdir" in str(error.value)
 
 
+def test_a_run_that_failed_at_its_start_does_not_claim_the_directory(tmp_path: Path) -> None:
+    config = toy.config(tmp_path, train__steps=3)
+    with pytest.raises(UserError, match=r"absent.jsonl"):
+        run(configs.replace(config, data__train=(str(tmp_path / "absent.jsonl"),)), tmp_path / "run")
+    assert run(config, tmp_path / "run").ended == "complete"
+
+
 def test_changed_records_are_refused_unless_allowed(tmp_path: Path) -> None:
     config, workdir = toy.config(tmp_path), tmp_path / "run"
     run(config, workdir, StopAfter(1))
