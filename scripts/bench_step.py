@@ -119,7 +119,12 @@ def report(rounds: Mapping[str, Sequence[Result]], arguments: argparse.Namespace
         ("loss before the first update", "first_loss", 1.0, "{:.3f}"),
         ("loss before the last", "last_loss", 1.0, "{:.3f}"),
     ]
-    lines = ["| | kdjax | eager torch | kdjax / torch |", "|---|---|---|---|"]
+    lines = [
+        "# One training step beside eager torch",
+        "",
+        "| | kdjax | eager torch | kdjax / torch |",
+        "|---|---|---|---|",
+    ]
     for title, key, unit, form in rows:
         values = {side: [result[key] / unit for result in rounds[side]] for side in SIDES}
         medians = {side: statistics.median(values[side]) for side in SIDES}

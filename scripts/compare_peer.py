@@ -23,10 +23,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import host
 import jax
+from peer_entries import ENTRIES, OBJECTIVES, RECORDED, TERMS, VAL_EVERY, Groups, Point
+from peer_picture import draw
 
 from kdjax import mesh as meshes
 from kdjax import metrics
@@ -44,54 +45,6 @@ from kdjax.validate import resolve
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parent / "configs" / "quickstart.py"
 TOLERANCE = 0.02  # of the recorded figure: closer than this counts as the same
-TERMS = {"kd_loss": "kd_loss (renormalised)", "sft_loss": "sft_loss"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What is minimised, what the reader calls it, and its colour in the picture."""
-
-    title: str
-    label: str
-    colour: str
-    kd_weight: float
-    sft_weight: float
-    tail: str = "renormalize"
-
-
-OBJECTIVES = {
-    "sft": Objective("SFT only", "SFT only", "#555555", 0.0, 1.0),
-    "nemo": Objective("NeMo-Aligner's loss, kd 1 + sft 0.4", "KD + SFT", "#0072B2", 1.0, 0.4),
-    "kd": Objective("NeMo-Aligner's loss, kd only", "KD only", "#D55E00", 1.0, 0.0),
-    "ghost": Objective("ghost bucket, kd 1 + sft 0.4", "ghost KD + SFT", "#009E73", 1.0, 0.4, "ghost"),
-    "ghost_kd": Objective("ghost bucket, kd only", "ghost KD only", "#B0569A", 1.0, 0.0, "ghost"),
-}
-VAL_EVERY = {100: 10, 300: 20}  # steps to learn for -> steps between validations
-
-# Validation (kd_loss, sft_loss) in nats per token at the last step. From one run each: transformers' LlamaForCausalLM,
-# torch AdamW, two CPU cores, float32, one seed; student, records, batch size and schedule as in configs/quickstart.py,
-# except that every matrix starts with deviation 0.02 (kdjax divides by sqrt(2 layers) where a layer writes to the
-# residual stream). The kd_loss of all objectives is the renormalised forward KL.
-RECORDED = {
-    ("sft", 100): (1.502, 6.346),
-    ("nemo", 100): (0.781, 6.560),
-    ("kd", 100): (0.588, 10.428),
-    ("sft", 300): (1.589, 5.934),
-    ("nemo", 300): (0.802, 5.887),
-    ("ghost", 300): (1.258, 5.761),
-    ("ghost_kd", 300): (1.228, 5.782),
-}
-
-ENTRIES = {f"{name}:{steps}": (name, steps) for name, steps in RECORDED}
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A validation: nats per token, kd_loss renormalised whatever was minimised."""
-
-    step: int
-    kd_loss: float
-    sft_loss: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,9 +164,6 @@ def claim(work: Path, changes: dict[str, str]) -> None:
     path.write_text(json.dumps(changes) + "\n")
 
 
-Groups = dict[tuple[str, str, int], list[list[Point]]]  # (side, objective, column) -> a curve a seed
-
-
 def group(jobs: Sequence[Job]) -> Groups:
     groups: Groups = {}
     for job in jobs:
@@ -268,90 +218,6 @@ def ends(curves: Sequence[Sequence[Point]], term: str) -> tuple[float, float]:
     return statistics.mean(values), (max(values) - min(values)) / 2
 
 
-def draw(groups: Groups, path: Path) -> None:
-    """docs/peer.png: a row a term, a column a length of training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = sorted({column for _, _, column in groups})
-    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    figure, axes = plt.subplots(len(TERMS), len(columns), figsize=(5.6 * len(columns), 7.6), squeeze=False)
-    for axes_of_row, (term, title) in zip(axes, reversed(TERMS.items()), strict=True):
-        for axis, column in zip(axes_of_row, columns, strict=True):
-            panel(axis, {key[:2]: curves for key, curves in groups.items() if key[2] == column}, term, column)
-        axes_of_row[0].set_ylabel(f"validation {title}\nnats per token")
-    for axis, column in zip(axes[0], columns, strict=True):
-        axis.set_title(f"{column} steps", loc="left", fontweight="bold")
-    for axis in axes[-1]:
-        axis.set_xlabel("step")
-    has_torch = any(side == "torch" for side, _, _ in groups)
-    peer = ", dashed: scripts/torch_peer.py" if has_torch else ""
-    note = f"lines: kdjax, mean over seeds; bands: lowest to highest seed; circles: recorded torch run, last step{peer}"
-    figure.text(0.01, 0.005, note, color="#444444", fontsize=8.5)
-    figure.tight_layout(rect=(0, 0.02, 1, 1), w_pad=2.5)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
-
-
-def panel(axis: Any, curves_of: dict[tuple[str, str], list[list[Point]]], term: str, column: int) -> None:
-    """One term over one length of training: a line an objective, labelled at its end."""
-    labels: list[tuple[float, str, str]] = []
-    for (side, name), curves in curves_of.items():
-        objective, steps = OBJECTIVES[name], [point.step for point in curves[0]]
-        by_step = list(zip(*[[getattr(point, term) for point in curve] for curve in curves], strict=True))
-        means = [statistics.mean(values) for values in by_step]
-        if side == "torch":
-            axis.plot(steps, means, color=objective.colour, linewidth=1, linestyle=(0, (4, 2)), alpha=0.8)
-            continue
-        axis.plot(steps, means, color=objective.colour, linewidth=1.8)
-        lows, highs = [min(values) for values in by_step], [max(values) for values in by_step]
-        axis.fill_between(steps, lows, highs, color=objective.colour, alpha=0.2, linewidth=0)
-        recorded = RECORDED[name, column][list(TERMS).index(term)]
-        circle = {"markersize": 6.5, "markerfacecolor": "white", "color": objective.colour, "clip_on": False}
-        axis.plot(steps[-1], recorded, "o", zorder=5, **circle)
-        labels.append((means[-1], f"{objective.label}  {means[-1]:.2f}", objective.colour))
-    axis.set_xlim(left=0, right=max(point.step for curves in curves_of.values() for point in curves[0]))
-    shown = [
-        getattr(point, term)
-        for curves in curves_of.values()
-        for curve in curves
-        for point in curve
-        # The first descent is much the same for all and would flatten the rest: it may begin above the picture.
-        if point.step >= curve[-1].step / 8
-    ]
-    shown += [RECORDED[name, column][list(TERMS).index(term)] for side, name in curves_of if side == "kdjax"]
-    margin = 0.06 * (max(shown) - min(shown))
-    axis.set_ylim(min(shown) - margin, max(shown) + margin)
-    axis.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-    axis.set_axisbelow(True)
-    label_ends(axis, labels)
-
-
-def label_ends(axis: Any, labels: list[tuple[float, str, str]]) -> None:
-    """Writes each line's name right of its end, moved apart where they would touch."""
-    low, high = axis.get_ylim()
-    gap, places = (high - low) * 0.058, sorted(labels)
-    heights = [value for value, _, _ in places]
-    for _ in range(100):  # each pair that touches gives way on both sides; settles within a few rounds
-        for i in range(1, len(heights)):
-            push = max(0.0, gap - (heights[i] - heights[i - 1])) / 2
-            heights[i - 1], heights[i] = heights[i - 1] - push, heights[i] + push
-    for height, (value, text, colour) in zip(heights, places, strict=True):
-        axis.annotate(
-            text,
-            xy=(1, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(1.045, height),
-            textcoords=("axes fraction", "data"),
-            color=colour,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 4, "relpos": (0, 0.5)},
-        )
-
-
 def plan(arguments: argparse.Namespace) -> list[Job]:
     """All runs that were asked for, short ones first."""
     work = arguments.work / f"rehearsal-{arguments.rehearse}" if arguments.rehearse else arguments.work
@@ -384,16 +250,14 @@ def main() -> int:
     parser.add_argument("--torch-python", default=sys.executable, metavar="PYTHON", help="interpreter that has torch")
     parser.add_argument("--rehearse", type=int, metavar="STEPS", help="few steps a run, written below WORK only")
     arguments, rest = parser.parse_known_args()
-    jobs, out = plan(arguments), arguments.out
+    jobs = plan(arguments)
     work = jobs[0].work
-    if arguments.rehearse:
-        out = work
+    out = work if arguments.rehearse else arguments.out
     claim(work, changes := overrides(rest))
     out.mkdir(parents=True, exist_ok=True)
     learn_all(jobs, arguments, changes)
     groups = group(jobs)
-    text = table(groups, arguments.seeds)
-    (out / "peer.md").write_text(text)
+    (out / "peer.md").write_text(text := table(groups, arguments.seeds))
     draw(groups, out / "peer.png")
     print(f"\n{text}\nwritten: {out / 'peer.md'}, {out / 'peer.png'}")
     return 0
