@@ -1,12 +1,15 @@
 """Whole runs: their files, their end, and taking them up again."""
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -290,8 +293,9 @@ def test_cudnn_is_refused_where_there_is_no_gpu(tmp_path: Path) -> None:
         run(toy.config(tmp_path, model__attention="cudnn"), tmp_path / "run")
 
 
-def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the package records what it is handed."""
+@pytest.fixture
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A stand-in for the package that records what it is handed."""
     (tmp_path / "wandb.py").write_text(
         "logged, started = [], []\n"
         "class Run:\n"
@@ -302,9 +306,13 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "    return Run()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    run(toy.config(tmp_path, train__wandb_project="distil", train__steps=3), tmp_path / "run")
-    import wandb
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield importlib.import_module("wandb")
+    del sys.modules["wandb"]
 
+
+def test_weights_and_biases(wandb: ModuleType, tmp_path: Path) -> None:
+    run(toy.config(tmp_path, train__wandb_project="distil", train__steps=3), tmp_path / "run")
     assert wandb.started[0]["project"] == "distil"
     assert wandb.started[0]["config"]["train.steps"] == 3
     assert wandb.logged[0][0] == 0

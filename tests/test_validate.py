@@ -1,5 +1,7 @@
 """Every configuration that cannot work is refused with its key, its value and what would."""
 
+import importlib.util
+
 import pytest
 
 from kdjax import config as configs
@@ -89,7 +91,6 @@ def test_shares(key: str) -> None:
             r"early_stop_patience = 2: stopping early needs data.val",
         ),
         ({"train__save_every": 150}, r"train.save_every = 150: .* such as 100"),
-        ({"train__wandb_project": "x"}, r"wandb is not installed; pip install 'kdjax\[wandb\]'"),
         (
             {"loss__kd_loss_weight": 0.0},
             r"loss.kd_loss_weight = 0.0: loss.sft_loss_weight is 0 too, so there is nothing to learn",
@@ -117,3 +118,9 @@ def test_shares(key: str) -> None:
 def test_what_cannot_work(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         validate(changed(**changes))
+
+
+def test_weights_and_biases_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"wandb is not installed; pip install 'kdjax\[wandb\]'"):
+        validate(changed(train__wandb_project="distil"))
