@@ -33,7 +33,8 @@ class RunCheckpoints:
 
     def __init__(self, workdir: Path, config: Config):
         best, policies = config.checkpoint.best_metric, [keep.LatestN(config.checkpoint.keep_last)]
-        if config.checkpoint.keep_best > 0:
+        self._judges = config.checkpoint.keep_best > 0 and bool(config.data.val)
+        if self._judges:
             lowest = keep.BestN(
                 get_metric_fn=lambda metrics: metrics[best],
                 reverse=True,
@@ -43,7 +44,7 @@ class RunCheckpoints:
             policies.append(lowest)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy(policies),
-            best_fn=lambda metrics: metrics[best],
+            best_fn=(lambda metrics: metrics[best]) if self._judges else None,
             best_mode="min",
             cleanup_tmp_directories=True,
         )
@@ -63,7 +64,8 @@ class RunCheckpoints:
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        return self._manager.best_step()
+        """The step of the lowest `best_metric`; None where no kept step was validated."""
+        return self._manager.best_step() if self._judges else None
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest step that can be read, in `like`'s shapes and shardings, with its meta; None if there is none.

@@ -268,8 +268,10 @@ def _known(name: str, known: Mapping[str, Any], what: str) -> str:
         return name
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     same_key = [k for k in known if k.partition(".")[2] == name.rpartition(".")[2]]
-    hint = f"; did you mean {(same_key or near)[0]!r}?" if same_key or near else f"; known: {', '.join(known)}"
-    raise UserError(f"unknown config {what} {name!r}{hint}")
+    group = [k.partition(".")[2] for k in known if k.startswith(name.partition(".")[0] + ".")]
+    listed = f"{name.partition('.')[0]} has {', '.join(group)}" if group else f"there are {', '.join(GROUPS)}"
+    hint = f"did you mean {(same_key or near)[0]!r}? " if same_key or near else ""
+    raise UserError(f"unknown config {what} {name!r}: {hint}{listed}")
 
 
 def _options(kind: Any) -> tuple[Any, ...]:

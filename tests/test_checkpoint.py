@@ -73,7 +73,11 @@ def test_keeps_the_newest_and_the_best_by_the_chosen_metric(tmp_path: Path) -> N
     losses, sft_losses = [5.0, 1.0, 3.0, 4.0, 2.0], [1.0, 2.0, 3.0, 4.0, 5.0]
     for metric, last, best, kept in (("loss", 1, 1, {2, 5}), ("sft_loss", 1, 2, {1, 2, 5}), ("loss", 2, 0, {4, 5})):
         config = configs.replace(
-            configs.Config(), checkpoint__best_metric=metric, checkpoint__keep_last=last, checkpoint__keep_best=best
+            configs.Config(),
+            data__val=("val.jsonl",),
+            checkpoint__best_metric=metric,
+            checkpoint__keep_last=last,
+            checkpoint__keep_best=best,
         )
         workdir = tmp_path / f"{metric}{last}{best}"
         checkpoints = RunCheckpoints(workdir, config)

@@ -40,9 +40,10 @@ def test_json_round_trip_and_differences() -> None:
 @pytest.mark.parametrize(
     ("settings", "overrides", "message"),
     [
-        ({"modle": {}}, {}, r"unknown config group 'modle'; did you mean 'model'"),
-        ({"model": {"layer": 1}}, {}, r"unknown config key 'model.layer'; did you mean 'model.layers'"),
+        ({"modle": {}}, {}, r"unknown config group 'modle': did you mean 'model'"),
+        ({"model": {"layer": 1}}, {}, r"unknown config key 'model.layer': did you mean 'model.layers'"),
         ({}, {"optim.weight_dacay": "1"}, r"did you mean 'optim.weight_decay'"),
+        ({}, {"optim.learning_rate": "1"}, r"unknown config key 'optim.learning_rate': .*optim has name, lr, min_lr"),
         ({}, {"model.sequence_length": "1"}, r"did you mean 'data.sequence_length'"),
         ({"model": {"layers": 1.5}}, {}, r"model.layers = 1.5 is a float; it must be int"),
         ({"optim": {"lr": "fast"}}, {}, r"optim.lr = 'fast' is a str; it must be float"),
