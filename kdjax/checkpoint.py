@@ -31,7 +31,7 @@ FREE_KEYS = ("init_from", "dtype", "param_dtype", "remat", "attention", "init_st
 class RunCheckpoints:
     """RUN/checkpoints: asynchronous saves; the newest and the best are kept."""
 
-    def __init__(self, workdir: Path, config: Config):
+    def __init__(self, workdir: Path, config: Config, *, read_only: bool = False):
         best, policies = config.checkpoint.best_metric, [keep.LatestN(config.checkpoint.keep_last)]
         self._judges = config.checkpoint.keep_best > 0 and bool(config.data.val)
         if self._judges:
@@ -46,7 +46,8 @@ class RunCheckpoints:
             preservation_policy=keep.AnyPreservationPolicy(policies),
             best_fn=(lambda metrics: metrics[best]) if self._judges else None,
             best_mode="min",
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,  # they may be another process's save under way
+            read_only=read_only,
         )
         self._directory = workdir.absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(self._directory, options=options)
@@ -175,7 +176,7 @@ def _params_directory(path: Path) -> Path:
     path = path.absolute()
     if (path / MODEL_CONFIG).exists() or path.parent.name == "checkpoints":
         return path / "params"
-    run = RunCheckpoints(path, from_json((path / "config.json").read_text()))
+    run = RunCheckpoints(path, from_json((path / "config.json").read_text()), read_only=True)
     step = run.best_step()
     step = run.latest_step() if step is None else step
     run.close()

@@ -64,8 +64,7 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, sums = gradient(state.params, batch)
-        divisor = jnp.maximum(sums["loss"].count, 1)
-        grads = jax.tree.map(lambda g: g / divisor, grads)
+        grads = jax.tree.map(lambda g: SumCount(g, sums["loss"].count).mean, grads)
         grad_norm, lr = optax.tree.norm(grads), rate(state.step)
         directions, opt_state = tx.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, d: p - (lr * d).astype(p.dtype), state.params, directions)
