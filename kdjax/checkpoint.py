@@ -14,8 +14,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from kdjax import metrics
 from kdjax.config import Config, ModelConfig, build, from_json
 from kdjax.model import GPT, Params, bind, param_shapes
 from kdjax.step import TrainState
@@ -31,12 +33,12 @@ FREE_KEYS = ("init_from", "dtype", "param_dtype", "remat", "attention", "init_st
 class RunCheckpoints:
     """RUN/checkpoints: asynchronous saves; the newest and the best are kept."""
 
-    def __init__(self, workdir: Path, config: Config, *, read_only: bool = False):
+    def __init__(self, workdir: Path, config: Config):
         best, policies = config.checkpoint.best_metric, [keep.LatestN(config.checkpoint.keep_last)]
-        self._judges = config.checkpoint.keep_best > 0 and bool(config.data.val)
-        if self._judges:
+        judges = config.checkpoint.keep_best > 0 and bool(config.data.val)
+        if judges:
             lowest = keep.BestN(
-                get_metric_fn=lambda metrics: metrics[best],
+                get_metric_fn=lambda judged: judged[best],
                 reverse=True,
                 n=config.checkpoint.keep_best,
                 keep_checkpoints_without_metrics=False,
@@ -44,29 +46,24 @@ class RunCheckpoints:
             policies.append(lowest)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy(policies),
-            best_fn=(lambda metrics: metrics[best]) if self._judges else None,
+            best_fn=(lambda judged: judged[best]) if judges else None,
             best_mode="min",
-            cleanup_tmp_directories=not read_only,  # they may be another process's save under way
-            read_only=read_only,
+            cleanup_tmp_directories=True,
         )
         self._directory = workdir.absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-    def save(self, state: TrainState, meta: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
-        """Starts saving; the state may be donated to the next step at once."""
+    def save(self, state: TrainState, meta: Mapping[str, Any], judged: Mapping[str, float] | None) -> None:
+        """Starts saving, with the validation's means if there are any; the state may be donated at once."""
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             opt_state=ocp.args.StandardSave(state.opt_state),
             meta=ocp.args.JsonSave(dict(meta)),
         )
-        self._manager.save(int(state.step), args=items, metrics=None if metrics is None else dict(metrics), force=True)
+        self._manager.save(int(state.step), args=items, metrics=None if judged is None else dict(judged), force=True)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
-
-    def best_step(self) -> int | None:
-        """The step of the lowest `best_metric`; None where no kept step was validated."""
-        return self._manager.best_step() if self._judges else None
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest step that can be read, in `like`'s shapes and shardings, with its meta; None if there is none.
@@ -130,7 +127,9 @@ def load_params(path: Path | str, config: ModelConfig, sharding: jax.sharding.Sh
     where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), param_shapes(config))
     with ocp.StandardCheckpointer() as checkpointer:
-        _compare_shapes(source, _shapes(checkpointer.metadata(source).item_metadata.tree), _shapes(like))
+        _compare_shapes(
+            source, _shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(source)).tree), _shapes(like)
+        )
         return checkpointer.restore(source, like)
 
 
@@ -176,10 +175,10 @@ def _params_directory(path: Path) -> Path:
     path = path.absolute()
     if (path / MODEL_CONFIG).exists() or path.parent.name == "checkpoints":
         return path / "params"
-    run = RunCheckpoints(path, from_json((path / "config.json").read_text()), read_only=True)
-    step = run.best_step()
-    step = run.latest_step() if step is None else step
-    run.close()
+    kept = ocp.utils.checkpoint_steps(epath.Path(path / "checkpoints")) if (path / "checkpoints").exists() else []
+    best_metric = from_json((path / "config.json").read_text()).checkpoint.best_metric
+    judged = {line["step"]: line[best_metric] for line in metrics.read(path, "val") if line["step"] in kept}
+    step = min(judged, key=lambda step: judged[step]) if judged else max(kept, default=None)
     if step is None:
         raise UserError(f"{path / 'checkpoints'} holds no complete checkpoint yet")
     return path / "checkpoints" / str(step) / "params"
