@@ -200,8 +200,9 @@ whatever was minimised. Lower is better only for what the objective minimises: S
 a renormalised top-k leaves sft_loss where it was, because it says nothing of the tail.
 
 "recorded" is one run in torch (transformers' LlamaForCausalLM, AdamW, one seed). The student, the records, the updates
-and the schedule are the same; the random numbers behind the weights and the order of the data are not. Spread is half
-the distance between the lowest and the highest seed.
+and the schedule are the same; the random numbers behind the weights and the order of the data are not, and kdjax starts
+the maps that write to the residual stream smaller (`model.scaled_init`, as GPT-2 and Megatron do), which transformers'
+Llama does not. Spread is half the distance between the lowest and the highest seed.
 
 """
 
