@@ -1,5 +1,6 @@
 """Learning-rate schedules and the optax chain."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,8 +59,8 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
         "sgd": lambda: optax.trace(config.b1, accumulator_dtype=jnp.float32),
     }[config.name]()
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    mask = lambda params: decay_mask(params, config.decay_rule)  # noqa: E731
-    return optax.chain(clip, direction, optax.add_decayed_weights(config.weight_decay, mask))
+    decay = optax.add_decayed_weights(config.weight_decay, functools.partial(decay_mask, rule=config.decay_rule))
+    return optax.chain(clip, direction, decay)
 
 
 def decay_mask(params: Any, rule: str) -> Any:

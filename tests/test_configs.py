@@ -1,6 +1,7 @@
 """Every shipped configuration loads, validates and has a train step whose shapes fit."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,10 @@ def batch_shapes(config: Config, top_k: int) -> Batch:
     )
 
 
+def shapes_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_loads_validates_and_steps(path: Path) -> None:
     config = resolve(configs.build(cli.load(path)))
@@ -44,8 +49,7 @@ def test_loads_validates_and_steps(path: Path) -> None:
     )
     step = make_train_step(config, mesh.make_mesh(config.mesh, jax.devices()[:1]))
     new_state, metrics = jax.eval_shape(step, state, batch_shapes(config, top_k=4))
-    as_shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-    assert as_shapes(new_state) == as_shapes(state)
+    assert shapes_of(new_state) == shapes_of(state)
     assert metrics["loss"].shape == ()
 
 

@@ -151,7 +151,9 @@ def test_distillation_alone_makes_no_pass_over_the_vocabulary() -> None:
     """Neither an exponential nor a maximum of all logits, forward or back."""
 
     def program(**settings: Any) -> str:
-        loss = lambda z: call(student_logits=z, implementation="xla", **settings)[0].sum()  # noqa: E731
+        def loss(z: jax.Array) -> jax.Array:
+            return call(student_logits=z, implementation="xla", **settings)[0].sum()
+
         return str(jax.make_jaxpr(jax.grad(loss))(INPUTS.logits))
 
     whole = "f32[2,3,19] = exp"
