@@ -117,10 +117,9 @@ def _objective(config: Config, params: Params, batch: Batch) -> tuple[jax.Array,
 def _loss_sums(config: Config, params: Params, batch: Batch, weights: tuple[float, float]) -> LossSums:
     model, loss = bind(config.model, params), config.loss
     hidden_BxTxD = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
-    rows = None if loss.include_vocab_padding else config.model.vocab_size
     return linear_topk_kd_loss(
         hidden_BxTxD,
-        model.unembedding()[:rows].astype(hidden_BxTxD.dtype),
+        model.unembedding().astype(hidden_BxTxD.dtype),
         batch.topk_logits,
         batch.topk_token_ids,
         batch.labels,
@@ -134,6 +133,7 @@ def _loss_sums(config: Config, params: Params, batch: Batch, weights: tuple[floa
         tail=loss.tail,
         log_sum_exp_logits=batch.log_sum_exp_logits,
         jsd_beta=loss.jsd_beta,
+        vocab_size=None if loss.include_vocab_padding else config.model.vocab_size,
         implementation=loss.implementation,
     )
 
@@ -141,7 +141,7 @@ def _loss_sums(config: Config, params: Params, batch: Batch, weights: tuple[floa
 def _by_token(config: Config, sums: LossSums, batch: Batch) -> Sums:
     """The loss sums and the teacher's statistics, each over the microbatch's tokens."""
     log_p_BxTxK = jax.nn.log_softmax(config.loss.target_logits_scale * batch.topk_logits.astype(jnp.float32))
-    totals = sums._asdict()
+    totals = {name: total for name, total in sums._asdict().items() if total is not None}
     tokens = totals.pop("tokens")
     totals["teacher_entropy"] = _masked_sum(batch, -jnp.sum(_xlogx(log_p_BxTxK), axis=-1))
     if batch.log_sum_exp_logits is not None:

@@ -1,29 +1,39 @@
-"""The distillation losses, and the choice of who computes them.
+"""The distillation losses, and who computes them.
 
-`reference.py` is the specification, as algebra; `xla.py` and `linear.py` compute the same with derivatives
-written by hand.
+`implementation` names one of the following; None chooses by platform and settings and logs its choice once,
+and an explicit choice is never replaced by another.
+
+- "reference": the specification as algebra (`reference.py`), differentiated by JAX. Never chosen.
+- "xla": derivatives by hand in plain JAX (`xla.py`), for any platform and dtype. Chosen where no other is.
+- "pallas": the same as one GPU kernel a direction (`pallas.py`, Pallas with the Triton lowering). Chosen on
+  NVIDIA GPUs for losses that depend on the logsumexp over the vocabulary.
+- "triton": the same kernels through jax-triton (`triton.py`, extra "triton"). Never chosen: Pallas needs no extra.
+- "gathered": K rows of the unembedding instead of V (`gathered.py`), `linear_topk_kd_loss` only. Chosen where
+  the loss depends on the K taught logits alone (sft_loss_weight = 0, tail = "renormalize", matching by id) and
+  K / V is small enough (`choice.GATHER_BELOW`).
+- "pallas_interpret": the Pallas kernels' arithmetic on any platform, slowly. Never chosen: it is for tests.
 """
-
-import functools
-import logging
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kdjax.losses import linear, reference, xla
+from kdjax.losses import linear, reference
+from kdjax.losses.choice import Call, choose_linear, choose_logits
+from kdjax.losses.logits import token_losses
 from kdjax.losses.objective import (
     LossSums,
     Objective,
+    check_ids,
     check_linear,
     check_logits,
     check_supervision,
+    computation_dtype,
     supervise,
 )
+from kdjax.losses.vocabulary import Vocabulary
 from kdjax.types import UserError
 
 __all__ = ["LossSums", "linear_topk_kd_loss", "topk_kd_loss"]
-
-IMPLEMENTATIONS = ("reference", "xla")
 
 
 def topk_kd_loss(
@@ -42,6 +52,7 @@ def topk_kd_loss(
     log_sum_exp_logits: Float[Array, "B T"] | None = None,
     jsd_beta: float = 0.5,
     axis_name: str | tuple[str, ...] | None = None,
+    vocab_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
     """The distillation loss of each position against the teacher's cached top-k, and its two terms.
@@ -51,11 +62,11 @@ def topk_kd_loss(
     has a gradient of exactly 0 even where it holds NaN or ids out of range (not so with "reference").
 
     Args:
-      student_logits: [B, T, V], float32, bfloat16 or float16, over the true vocabulary.
+      student_logits: [B, T, V], float32, bfloat16 or float16; with `axis_name`, this shard's columns of it.
       topk_logits: the teacher's values, in any order and with any shift; -inf marks an absent entry, which
         takes part in nothing. A position where all are absent has a kd of 0.
-      topk_token_ids: their ids. One outside [0, V), negative ones too, makes the position's kd NaN. Ids that
-        occur twice in a row count twice.
+      topk_token_ids: their ids. One outside [0, V), negative ones too, makes the position's kd NaN, and under
+        `jax.experimental.checkify` (errors=user_checks) a named error. Ids that occur twice in a row count twice.
       labels: ids of the next tokens; one outside [0, V) makes the position's sft NaN. Not read when
         `sft_loss_weight` is 0.
       kd_loss: "fwd_kl" KL(teacher | student), "bwd_kl" KL(student | teacher), or "jsd", the Jensen-Shannon
@@ -73,8 +84,12 @@ def topk_kd_loss(
       log_sum_exp_logits: [B, T], the teacher's logsumexp over its whole vocabulary, under the same shift as
         `topk_logits`. Read by tail="ghost" only.
       jsd_beta: weight of the teacher in jsd's mixture, between 0 and 1.
-      axis_name: mesh axes over which V is sharded. Not available yet: None.
-      implementation: "reference" | "xla"; None chooses and logs the choice once.
+      axis_name: mesh axes (major to minor) over which the columns are sharded, inside `jax.shard_map`. One
+        all-reduce of K + 1 + 2 shards numbers a position joins them. Every other argument is the same on all
+        shards, and so are the results. Under `shard_map(..., check_vma=False)` differentiate inside of it.
+      vocab_size: the true V, where the columns are padded (on all shards together): the columns from V on stay
+        out of the loss and have gradient 0. None: none is padded.
+      implementation: see `kdjax.losses`.
 
     Returns:
       loss = kd_loss_weight * kd + sft_loss_weight * sft, kd, and sft, each [B, T] in nats.
@@ -93,18 +108,17 @@ def topk_kd_loss(
         jsd_beta=jsd_beta,
     )
     objective.check()
-    if axis_name is not None:
-        raise UserError(
-            f"axis_name = {axis_name!r}: logits sharded over the vocabulary are not available yet;"
-            " gather them and give axis_name = None"
-        )
-    chosen = _choose("topk_kd_loss", implementation)
     student_logits = jnp.asarray(student_logits)
     check_logits(student_logits)
     supervision = supervise(objective, topk_logits, topk_token_ids, labels, log_sum_exp_logits)
-    check_supervision(objective, supervision, student_logits.shape[:2], student_logits.shape[2])
-    losses = reference.token_losses if chosen == "reference" else xla.token_losses
-    return losses(objective, student_logits, supervision)
+    vocabulary = _vocabulary(axis_name, vocab_size, student_logits.shape[2])
+    check_supervision(objective, supervision, student_logits.shape[:2], vocabulary.size)
+    check_ids(objective, supervision, vocabulary.size)
+    chosen = choose_logits(implementation, objective, student_logits.dtype)
+    if chosen == "reference":
+        _check_whole(vocabulary)
+        return reference.token_losses(objective, student_logits[..., : vocabulary.size], supervision)
+    return token_losses(Call(objective, vocabulary, chosen), student_logits, supervision)
 
 
 def linear_topk_kd_loss(
@@ -124,6 +138,8 @@ def linear_topk_kd_loss(
     tail: str = "renormalize",
     log_sum_exp_logits: Float[Array, "B T"] | None = None,
     jsd_beta: float = 0.5,
+    axis_name: str | tuple[str, ...] | None = None,
+    vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     implementation: str | None = None,
 ) -> LossSums:
@@ -135,11 +151,12 @@ def linear_topk_kd_loss(
 
     Args:
       hidden: [B, T, D], the student's last hidden states, after the final norm.
-      unembed: [V, D], one row a token (the layout of a tied embedding), true vocabulary.
+      unembed: [V, D], one row a token (the layout of a tied embedding); with `axis_name`, this shard's rows.
       loss_mask: [B, T], the weight of each position in the sums; a position of weight 0 may hold anything.
-      chunk_tokens: positions whose logits exist at once; None: 128 on a CPU, 2048 elsewhere.
-      implementation: "reference" holds all logits and is differentiated by JAX; "xla" is the above. None
-        chooses and logs the choice once.
+      axis_name, vocab_size: as for `topk_kd_loss`, of the rows of `unembed`. The backward pass takes one more
+        all-reduce, of the hidden states' gradient.
+      chunk_tokens: positions whose logits (or gathered rows) exist at once; None: chosen by platform.
+      implementation: see `kdjax.losses`. "reference" holds all logits.
       The other arguments are those of `topk_kd_loss`.
 
     Returns:
@@ -161,28 +178,44 @@ def linear_topk_kd_loss(
     objective.check()
     if chunk_tokens is not None and chunk_tokens < 1:
         raise UserError(f"chunk_tokens = {chunk_tokens!r} holds no position; give 1 or more, or None to choose")
-    chosen = _choose("linear_topk_kd_loss", implementation)
     hidden, unembed, loss_mask = jnp.asarray(hidden), jnp.asarray(unembed), jnp.asarray(loss_mask)
     check_linear(hidden, unembed, loss_mask)
     supervision = supervise(objective, topk_logits, topk_token_ids, labels, log_sum_exp_logits)
-    check_supervision(objective, supervision, hidden.shape[:2], unembed.shape[0])
+    vocabulary = _vocabulary(axis_name, vocab_size, unembed.shape[0])
+    check_supervision(objective, supervision, hidden.shape[:2], vocabulary.size)
+    check_ids(objective, supervision, vocabulary.size, loss_mask)
+    k, dtype = supervision.topk_logits.shape[-1], computation_dtype(hidden, unembed)
+    chosen = choose_linear(implementation, objective, k, unembed.shape[0], dtype)
     if chosen == "reference":
-        return reference.linear_losses(objective, hidden, unembed, supervision, loss_mask)
-    return linear.linear_losses(objective, hidden, unembed, supervision, loss_mask, chunk_tokens)
+        _check_whole(vocabulary)
+        return reference.linear_losses(objective, hidden, unembed[: vocabulary.size], supervision, loss_mask)
+    call = Call(objective, vocabulary, chosen)
+    return linear.linear_losses(call, hidden, unembed, supervision, loss_mask, chunk_tokens)
 
 
-def _choose(operation: str, implementation: str | None) -> str:
-    if implementation is None:
-        _log_choice(operation, "xla")
-        return "xla"
-    if implementation not in IMPLEMENTATIONS:
+def _vocabulary(axis_name: str | tuple[str, ...] | None, vocab_size: int | None, columns: int) -> Vocabulary:
+    """The vocabulary that `columns` logits here belong to. Raises UserError when it cannot be."""
+    axis_names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    try:
+        padded = columns * Vocabulary(columns, axis_names).shards
+    except NameError:
         raise UserError(
-            f"implementation = {implementation!r} is not available; choose one of"
-            f" {', '.join(map(repr, IMPLEMENTATIONS))}, or None to let {operation} choose"
+            f"axis_name = {axis_name!r} is no mesh axis here; call the loss inside jax.shard_map over a mesh that has"
+            " it, or give axis_name = None for the whole vocabulary"
+        ) from None
+    if vocab_size is None:
+        return Vocabulary(padded, axis_names)
+    if not isinstance(vocab_size, int) or not 1 <= vocab_size <= padded:
+        raise UserError(
+            f"vocab_size = {vocab_size!r} is not between 1 and the {padded} columns there are ({columns} a shard);"
+            " give the number of token ids, or None if no column is padding"
         )
-    return implementation
+    return Vocabulary(vocab_size, axis_names)
 
 
-@functools.cache
-def _log_choice(operation: str, chosen: str) -> None:
-    logging.getLogger("kdjax").info("%s: implementation %r chosen", operation, chosen)
+def _check_whole(vocabulary: Vocabulary) -> None:
+    if vocabulary.axis_names:
+        raise UserError(
+            f"implementation = 'reference' takes the whole vocabulary, not shards over {vocabulary.axis_names};"
+            " choose 'xla' or gather the logits and give axis_name = None"
+        )

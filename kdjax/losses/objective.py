@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from kdjax.types import UserError
@@ -99,8 +100,10 @@ class LossSums(NamedTuple):
     kd_loss: Float[Array, ""]  # unweighted
     sft_loss: Float[Array, ""]  # unweighted; 0 when sft_loss_weight = 0
     tokens: Float[Array, ""]  # the mask's sum
-    top1_agreement: Float[Array, ""]  # positions where no student logit exceeds that of the teacher's first id
-    student_topk_mass: Float[Array, ""]  # probability, at logits_scale, that the student gives the K ids
+    # Positions where no student logit exceeds that of the teacher's first id, and the probability, at
+    # logits_scale, that the student gives the K ids; None on the gathered path, which never sees the other logits.
+    top1_agreement: Float[Array, ""] | None
+    student_topk_mass: Float[Array, ""] | None
 
 
 def supervise(
@@ -167,6 +170,37 @@ def check_supervision(objective: Objective, supervision: Supervision, positions:
             "tail = 'ghost' needs log_sum_exp_logits [B, T], the teacher's logsumexp over its whole"
             " vocabulary, and it is None; give it or choose tail = 'renormalize'"
         )
+
+
+def check_ids(
+    objective: Objective, supervision: Supervision, v: int, loss_mask: Float[Array, "B T"] | None = None
+) -> None:
+    """In checked mode, fail on an id outside [0, v) that a term reads at an unmasked position.
+
+    Ids are values, unknown while a program is traced. Checked mode is JAX's: what is inside of
+    `jax.experimental.checkify.checkify(f, errors=checkify.user_checks)` returns its first failure beside its
+    result; anywhere else this costs nothing.
+    """
+    read_BxT = jnp.ones(supervision.labels.shape, bool) if loss_mask is None else loss_mask != 0
+    if not objective.rank_match:
+        present_BxTxK = (supervision.topk_logits != -jnp.inf) & read_BxT[..., None]
+        _check_ids("topk_token_ids", supervision.topk_token_ids, present_BxTxK, v)
+    if objective.sft_loss_weight != 0:
+        _check_ids("labels", supervision.labels, read_BxT, v)
+
+
+def _check_ids(name: str, ids: jax.Array, read: jax.Array, v: int) -> None:
+    wrong = read & ((ids < 0) | (ids >= v))
+    first = jnp.argmax(wrong)
+    at = jnp.unravel_index(first, ids.shape)
+    checkify.debug_check(
+        ~wrong.any(),
+        f"{name} holds {{id}} at row {{row}}, position {{position}}, which is no id of a vocabulary of V = {v}: is"
+        " this the cache of another tokenizer? Leave entries out by a teacher value of -inf, positions by the mask",
+        id=ids.reshape(-1)[first],
+        row=at[0],
+        position=at[1],
+    )
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

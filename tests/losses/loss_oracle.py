@@ -4,17 +4,20 @@ Written from the formulas of the papers and of NeMo-Aligner, sharing no code wit
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from kdjax.losses import linear_topk_kd_loss, topk_kd_loss
 
-IMPLEMENTATIONS = ("reference", "xla", "linear")
+# "linear" and "gathered" are the fused loss, with the identity as unembedding; the others take logits.
+IMPLEMENTATIONS = ("reference", "xla", "linear", "gathered")
 # Allowed beside what rounding the truth to the dtype already costs; Cut Cross-Entropy's tolerances.
 TOLERANCE = {"float32": 5e-4, "float16": 1e-3, "bfloat16": 1e-2}
 
@@ -145,6 +148,12 @@ def divergence(log_p: np.ndarray, log_q: np.ndarray, kind: str, beta: float) -> 
     return value, (1 - beta) * q * np.log(q / m)
 
 
+def takes(implementation: str, settings: dict[str, Any]) -> bool:
+    """Whether an implementation is made for these settings."""
+    everything = settings.get("sft_loss_weight") or settings.get("tail") == "ghost" or settings.get("cross_tokenizer")
+    return implementation != "gathered" or not everything
+
+
 def weighted_sums(implementation: str, inputs: Inputs, settings: dict[str, Any]) -> tuple[Any, Any]:
     """(loss, kd, sft) summed with `inputs.weight`, and the gradient of that loss by the logits."""
     weight, arguments = jnp.asarray(inputs.weight), {**settings}
@@ -152,10 +161,11 @@ def weighted_sums(implementation: str, inputs: Inputs, settings: dict[str, Any])
         arguments["log_sum_exp_logits"] = inputs.log_sum_exp_logits
 
     def total(logits: jax.Array) -> tuple[jax.Array, Any]:
-        if implementation == "linear":  # the identity as unembedding: multiplied by it, logits stay exact
+        if implementation in ("linear", "gathered"):  # multiplied by the identity, logits stay exact
             eye = jnp.eye(logits.shape[-1], dtype=logits.dtype)
+            name = "xla" if implementation == "linear" else "gathered"
             sums = linear_topk_kd_loss(
-                logits, eye, *inputs.teaching, weight, chunk_tokens=4, implementation="xla", **arguments
+                logits, eye, *inputs.teaching, weight, chunk_tokens=4, implementation=name, **arguments
             )
             return sums.loss, sums[:3]
         losses = topk_kd_loss(logits, *inputs.teaching, implementation=implementation, **arguments)
@@ -172,3 +182,24 @@ def assert_close(ours: Any, truth: np.ndarray, dtype: str, scale: float = 1.0) -
     rounded = truth.astype(ml_dtypes.bfloat16 if name == "bfloat16" else name).astype(np.float64)
     excess = np.abs(ours.astype(np.float64) - truth) - np.abs(rounded - truth)
     np.testing.assert_array_less(excess, TOLERANCE[name] * scale)
+
+
+def matmul_flops(jaxpr: Any) -> int:
+    """Multiplications and additions of all dot_generals, those inside a scan times its length."""
+    flops = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            flops += 2 * depth * equation.outvars[0].aval.size
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            flops += times * matmul_flops(inner)
+    return flops
+
+
+def arguments_of(n: int, v: int, d: int, k: int) -> list[jax.ShapeDtypeStruct]:
+    """hidden, unembed, topk_logits, topk_token_ids, labels, loss_mask, as shapes."""
+    shapes = [(1, n, d), (v, d), (1, n, k), (1, n, k), (1, n), (1, n)]
+    kinds = [jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.float32]
+    return [jax.ShapeDtypeStruct(*both) for both in zip(shapes, kinds, strict=True)]

@@ -11,7 +11,7 @@ from loss_oracle import Inputs, assert_close, jit, make_inputs, oracle
 from kdjax.losses import topk_kd_loss
 from kdjax.losses.reference import ABSENT
 
-both = pytest.mark.parametrize("implementation", ["reference", "xla"])
+each = pytest.mark.parametrize("implementation", ["reference", "xla"])
 
 
 def loss_and_gradient(implementation: str, inputs: Inputs, **settings: Any) -> tuple[Any, np.ndarray]:
@@ -34,7 +34,7 @@ def assert_right(implementation: str, inputs: Inputs, **settings: Any) -> None:
     assert_close(gradient, slope, "float32")
 
 
-@both
+@each
 @pytest.mark.parametrize("shift", [500.0, -500.0])
 def test_teacher_values_of_any_size(implementation: str, shift: float) -> None:
     """NeMo exponentiates the teacher's values as they come: above 88 infinity, all below -104 0/0."""
@@ -43,7 +43,7 @@ def test_teacher_values_of_any_size(implementation: str, shift: float) -> None:
     assert_right(implementation, inputs)
 
 
-@both
+@each
 @pytest.mark.parametrize("kd_loss", ["fwd_kl", "bwd_kl", "jsd"])
 def test_topk_far_below_the_student_maximum(implementation: str, kd_loss: str) -> None:
     """NeMo exponentiates after subtracting the vocabulary's maximum: 150 below it, all K underflow to log 0."""
@@ -53,7 +53,7 @@ def test_topk_far_below_the_student_maximum(implementation: str, kd_loss: str) -
     assert_right(implementation, inputs, kd_loss=kd_loss)
 
 
-@both
+@each
 def test_one_student_entry_underflows(implementation: str) -> None:
     """NeMo's backward KL multiplies 0 by log 0 there."""
     inputs = make_inputs(5, (1, 2, 23, 4))
@@ -62,7 +62,7 @@ def test_one_student_entry_underflows(implementation: str) -> None:
     assert_right(implementation, inputs, kd_loss="bwd_kl")
 
 
-@both
+@each
 @pytest.mark.parametrize("kd_loss", ["bwd_kl", "jsd"])
 @pytest.mark.parametrize("tail", ["renormalize", "ghost"])
 def test_student_minus_infinity_weighs_nothing(implementation: str, kd_loss: str, tail: str) -> None:
@@ -96,14 +96,14 @@ def test_masked_positions_may_hold_anything(poison: float) -> None:
     assert_close(gradient[~masked], slope[~masked], "float32")
 
 
-@both
+@each
 @pytest.mark.parametrize("shape", [(3, 1, 11, 4), (1, 3, 11, 4), (1, 1, 11, 1)])
 def test_one_position_or_one_row(implementation: str, shape: tuple[int, int, int, int]) -> None:
     """NeMo squeezes a [B, 1] away and broadcasts to [B, B]."""
     assert_right(implementation, make_inputs(8, shape), sft_loss_weight=0.3)
 
 
-@both
+@each
 @pytest.mark.parametrize("bad", [-1, -100, 19, 2**31 - 1])
 def test_ids_out_of_range_are_loud(implementation: str, bad: int) -> None:
     """To NeMo such an id has the largest logit; in NumPy a negative one would be another token's."""
@@ -117,7 +117,7 @@ def test_ids_out_of_range_are_loud(implementation: str, bad: int) -> None:
     np.testing.assert_array_equal(np.array(losses)[~expected], np.array(good)[~expected])
 
 
-@both
+@each
 def test_small_integer_ids(implementation: str) -> None:
     """A vocabulary beyond the ids' own dtype is no obstacle, nor are unsigned ids."""
     inputs = make_inputs(10, (1, 2, 300, 4))
@@ -129,7 +129,7 @@ def test_small_integer_ids(implementation: str) -> None:
     np.testing.assert_array_equal(losses, expected)
 
 
-@both
+@each
 @pytest.mark.parametrize("kd_loss", ["fwd_kl", "bwd_kl", "jsd"])
 def test_duplicate_ids_add(implementation: str, kd_loss: str) -> None:
     """NeMo assigns the gradients of equal ids over each other."""
@@ -150,7 +150,7 @@ def test_bfloat16_gradient_is_rounded_once() -> None:
     np.testing.assert_allclose(gradient.astype(np.float64), slope, rtol=2.0**-8, atol=1e-6)
 
 
-@both
+@each
 def test_logits_scale_reaches_both_terms(implementation: str) -> None:
     inputs = make_inputs(13, (1, 3, 19, 4))
     scaled = loss_and_gradient(implementation, inputs, sft_loss_weight=0.4, logits_scale=0.5)[0]
@@ -158,7 +158,7 @@ def test_logits_scale_reaches_both_terms(implementation: str) -> None:
     np.testing.assert_array_equal(scaled, loss_and_gradient(implementation, inputs, sft_loss_weight=0.4)[0])
 
 
-@both
+@each
 @pytest.mark.parametrize("settings", [{}, {"kd_loss": "jsd"}, {"tail": "ghost"}, {"cross_tokenizer": "rank_match"}])
 def test_absent_entries_are_as_good_as_missing(implementation: str, settings: dict[str, Any]) -> None:
     """Wherever they stand and whatever their ids say."""
@@ -175,7 +175,7 @@ def test_absent_entries_are_as_good_as_missing(implementation: str, settings: di
     np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-6)
 
 
-@both
+@each
 @pytest.mark.parametrize("tail", ["renormalize", "ghost"])
 def test_a_position_without_any_entry_teaches_nothing(implementation: str, tail: str) -> None:
     inputs = make_inputs(15, (1, 2, 19, 4))
@@ -187,7 +187,7 @@ def test_a_position_without_any_entry_teaches_nothing(implementation: str, tail:
     np.testing.assert_array_equal(gradient[0], [np.zeros(19), slope[0, 1]])
 
 
-@both
+@each
 def test_empty_tail_is_finite(implementation: str) -> None:
     """K = V: on both sides the tail holds 2^-23 at most, and the ghost bucket changes next to nothing."""
     inputs = make_inputs(16, (4, 16, 7, 7))

@@ -1,16 +1,14 @@
 """The fused unembedding and loss: sums, gradients, and the work and memory they take."""
 
 import functools
-import math
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from loss_oracle import TOLERANCE, Inputs, assert_close, jit, make_inputs, oracle
+from loss_oracle import TOLERANCE, Inputs, arguments_of, assert_close, jit, make_inputs, matmul_flops, oracle
 
 from kdjax.losses import LossSums, linear_topk_kd_loss
 
@@ -161,27 +159,6 @@ def test_mixed_dtypes_keep_the_wider() -> None:
     np.testing.assert_allclose(gradients[1], exact[1][1], rtol=1e-5, atol=1e-5)
     assert gradients[0].dtype == jnp.bfloat16
     np.testing.assert_allclose(gradients[0].astype(np.float32), exact[1][0], rtol=2.0**-8, atol=TOLERANCE["float32"])
-
-
-def matmul_flops(jaxpr: Any) -> int:
-    """Multiplications and additions of all dot_generals, those inside a scan times its length."""
-    flops = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            flops += 2 * depth * equation.outvars[0].aval.size
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            flops += times * matmul_flops(inner)
-    return flops
-
-
-def arguments_of(n: int, v: int, d: int, k: int) -> list[jax.ShapeDtypeStruct]:
-    """hidden, unembed, topk_logits, topk_token_ids, labels, loss_mask, as shapes."""
-    shapes = [(1, n, d), (v, d), (1, n, k), (1, n, k), (1, n), (1, n)]
-    kinds = [jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.float32]
-    return [jax.ShapeDtypeStruct(*both) for both in zip(shapes, kinds, strict=True)]
 
 
 def loss_of(*arguments: Any, **choice: Any) -> jax.Array:

@@ -1,5 +1,6 @@
 """Settings and arguments: each one changes something, and a wrong one is named with the way out."""
 
+import functools
 import logging
 from typing import Any
 
@@ -7,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 from loss_oracle import jit, make_inputs
 
-import kdjax.losses
-from kdjax.losses import linear_topk_kd_loss, topk_kd_loss
+from kdjax.losses import choice, linear_topk_kd_loss, topk_kd_loss
 from kdjax.losses.objective import Objective
 from kdjax.types import UserError
 
@@ -58,8 +59,8 @@ BAD_SETTINGS = [
     ({"jsd_beta": 1.0}, "jsd_beta = 1.0.*between 0 and 1"),
     ({"tail": "ghost", "target_logits_scale": 0.5}, "target_logits_scale = 0.5 with tail = 'ghost'.*'renormalize'"),
     ({"tail": "ghost", "log_sum_exp_logits": None}, "tail = 'ghost' needs log_sum_exp_logits.*'renormalize'"),
-    ({"implementation": "pallas"}, "implementation = 'pallas' is not available.*'reference', 'xla'"),
-    ({"implementation": "triton"}, "implementation = 'triton' is not available.*'reference', 'xla'"),
+    ({"implementation": "pallas"}, "implementation = 'pallas' is a kernel for NVIDIA GPUs and this is cpu.*'xla'"),
+    ({"implementation": "triton"}, "implementation = 'triton' is a kernel for NVIDIA GPUs and this is cpu.*'xla'"),
     ({"implementation": "fast"}, "implementation = 'fast' is not available.*'reference', 'xla'"),
 ]
 
@@ -86,7 +87,10 @@ BAD_ARGUMENTS = [
         {"topk_logits": np.zeros((2, 3, 0)), "topk_token_ids": np.zeros((2, 3, 0), int)},
         "K = 0 .*between 1 and V",
     ),
-    ({"axis_name": "tensor"}, "axis_name = 'tensor'.*not available yet.*None"),
+    ({"axis_name": "tensor"}, "axis_name = 'tensor' is no mesh axis here.*jax.shard_map.*None"),
+    ({"vocab_size": 20}, "vocab_size = 20 is not between 1 and the 19 columns.*None"),
+    ({"vocab_size": 3}, "K = 4 .* V = 3.*between 1 and V"),
+    ({"implementation": "gathered"}, "implementation = 'gathered' is not available.*'xla'"),
 ]
 
 
@@ -101,6 +105,13 @@ BAD_LINEAR_ARGUMENTS = [
     ({"unembed": UNEMBED.T}, r"unembed \(5, 19\) and hidden \(2, 3, 5\) differ in width.*transposed"),
     ({"loss_mask": INPUTS.weight[:1]}, r"loss_mask has shape \[1, 3\].*\[2, 3\]"),
     ({"chunk_tokens": 0}, "chunk_tokens = 0.*1 or more"),
+    ({"axis_name": ("pipe", "tensor")}, r"axis_name = \('pipe', 'tensor'\) is no mesh axis here"),
+    ({"implementation": "gathered", "sft_loss_weight": 0.4}, "'gathered'.*sft_loss_weight = 0.4 asks for all.*'xla'"),
+    (
+        {"implementation": "gathered", "tail": "ghost", "log_sum_exp_logits": INPUTS.log_sum_exp_logits},
+        "'gathered'.*tail = 'ghost' asks for all.*'renormalize'",
+    ),
+    ({"implementation": "gathered", "cross_tokenizer": True}, "'gathered'.*'rank_match' ranks all"),
 ]
 
 
@@ -163,7 +174,7 @@ def test_distillation_alone_makes_no_pass_over_the_vocabulary() -> None:
 
 
 def test_none_logs_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
-    kdjax.losses._log_choice.cache_clear()
+    choice._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="kdjax"):
         call()
         call()
@@ -173,6 +184,52 @@ def test_none_logs_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
         "topk_kd_loss: implementation 'xla' chosen",
         "linear_topk_kd_loss: implementation 'xla' chosen",
     ]
+
+
+@pytest.mark.parametrize(
+    ("platform", "settings", "logits", "linear"),
+    [
+        ("cpu", {}, "xla", "gathered"),
+        ("cpu", {"sft_loss_weight": 0.4}, "xla", "xla"),
+        ("cpu", {"tail": "ghost"}, "xla", "xla"),
+        ("cpu", {"cross_tokenizer": "rank_match"}, "xla", "xla"),
+        ("cuda", {}, "xla", "gathered"),
+        ("cuda", {"sft_loss_weight": 0.4}, "pallas", "pallas"),
+        ("cuda", {"tail": "ghost"}, "pallas", "pallas"),
+        ("rocm", {"sft_loss_weight": 0.4}, "xla", "xla"),
+        ("tpu", {"sft_loss_weight": 0.4}, "xla", "xla"),
+    ],
+)
+def test_choice(
+    monkeypatch: pytest.MonkeyPatch, platform: str, settings: dict[str, Any], logits: str, linear: str
+) -> None:
+    """By platform and settings; K = 64 of 49152 is few, of 128 it is not."""
+    monkeypatch.setattr(choice, "platform", lambda: platform)
+    objective, float32 = Objective(**settings), jnp.dtype("float32")
+    assert choice.choose_logits(None, objective, float32) == logits
+    assert choice.choose_linear(None, objective, 64, 49152, float32) == linear
+    assert choice.choose_linear(None, objective, 64, 128, float32) != "gathered"
+    assert choice.choose_logits(None, objective, jnp.dtype("float64")) == "xla"
+
+
+def test_checked_mode_names_ids_out_of_range() -> None:
+    """Under checkify, ids that a term reads; absent entries, masked positions and unread labels are free."""
+
+    def complaint(function: Any, **changes: Any) -> str:
+        error, _ = checkify.checkify(functools.partial(function, **changes), errors=checkify.user_checks)()
+        return str(error.get())
+
+    ids, labels, values = INPUTS.topk_token_ids.copy(), INPUTS.labels.copy(), INPUTS.topk_logits.copy()
+    ids[1, 2, 3], labels[0, 0], values[1, 2, 3] = 19, -100, -np.inf
+    mask = np.ones((2, 3), np.float32)
+    for function in (call, functools.partial(call_linear, loss_mask=mask)):
+        message = "topk_token_ids holds 19 at row 1, position 2, which is no id of a vocabulary of V = 19"
+        assert message in complaint(function, topk_token_ids=ids)
+        assert "labels holds -100 at row 0, position 0" in complaint(function, labels=labels, sft_loss_weight=0.4)
+        assert complaint(function, labels=labels) == "None"
+        assert complaint(function, topk_token_ids=ids, topk_logits=values) == "None"
+    mask[1, 2] = 0
+    assert complaint(call_linear, topk_token_ids=ids, loss_mask=mask) == "None"
 
 
 def test_objectives_are_hashable() -> None:

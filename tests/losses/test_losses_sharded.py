@@ -1,0 +1,233 @@
+"""The vocabulary split over mesh axes: the unsharded result, and what goes over the wire for it."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+from loss_oracle import jit, make_inputs
+
+from kdjax.losses import linear_topk_kd_loss, topk_kd_loss
+from kdjax.types import UserError
+
+SHAPE = B, T, V, K = (2, 5, 61, 7)
+D = 3
+AXES = ("tensor", "pipe")  # tensor is the major one
+SETTINGS: list[dict[str, Any]] = [
+    {"kd_loss": "fwd_kl"},
+    {"kd_loss": "bwd_kl", "sft_loss_weight": 0.4, "logits_scale": 0.7},
+    {"kd_loss": "jsd", "tail": "ghost", "sft_loss_weight": 0.3},
+    {"kd_loss": "fwd_kl", "tail": "ghost"},
+    {"kd_loss": "bwd_kl", "cross_tokenizer": "rank_match", "sft_loss_weight": 0.4},
+    {"kd_loss": "fwd_kl", "cross_tokenizer": "rank_match", "tail": "ghost"},
+    {"kd_loss": "fwd_kl", "kd_loss_weight": 0.0, "sft_loss_weight": 1.0},
+]
+each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+each_mesh = pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (2, 2), (2, 4)], ids=str)
+
+
+def make_mesh(tensor: int, pipe: int, data: int = 1) -> Mesh:
+    devices = np.array(jax.devices()[: data * tensor * pipe]).reshape(data, tensor, pipe)
+    return Mesh(devices, ("data", *AXES), axis_types=(AxisType.Auto,) * 3)
+
+
+def padded(x: np.ndarray, axis: int, shards: int) -> np.ndarray:
+    """x with its vocabulary axis filled up to a multiple of the shards, by what must not matter: large numbers."""
+    missing = -x.shape[axis] % shards
+    filling = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+    return np.pad(x, filling, constant_values=77)
+
+
+def problem() -> Any:
+    """Ragged rows, duplicates, masked positions, an id outside the vocabulary where the mask is 0."""
+    inputs = make_inputs(11, SHAPE, absent=True)
+    inputs.topk_token_ids[0, 1, 1:3] = inputs.topk_token_ids[0, 1, 0]
+    rng = np.random.default_rng(12)
+    hidden, unembed = rng.normal(size=(B, T, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32)
+    inputs.labels[inputs.weight == 0] = -100
+    return inputs, hidden, unembed
+
+
+def logits_loss(settings: dict[str, Any], logits: jax.Array, inputs: Any, **choice: Any) -> tuple[jax.Array, Any]:
+    """A mix of the three results over the unmasked positions."""
+    losses = topk_kd_loss(logits, *inputs.teaching, log_sum_exp_logits=inputs.log_sum_exp_logits, **settings, **choice)
+    loss, kd, sft = (jnp.where(inputs.weight == 0, 0, inputs.weight * x).sum() for x in losses)
+    return loss + 0.3 * kd - 0.2 * sft, (loss, kd, sft)
+
+
+@each_setting
+@each_mesh
+def test_logits(settings: dict[str, Any], sizes: tuple[int, int]) -> None:
+    inputs, hidden, unembed = problem()
+    logits = np.einsum("BTD,VD->BTV", hidden, unembed)
+    plain = jit(jax.value_and_grad(lambda z: logits_loss(settings, z, inputs, implementation="xla"), has_aux=True))
+    expected, slope = plain(logits)
+
+    def sharded(logits: jax.Array) -> Any:
+        return logits_loss(settings, logits, inputs, axis_name=AXES, vocab_size=V, implementation="xla")
+
+    columns = P(None, None, AXES)
+    mesh, shards = make_mesh(*sizes), sizes[0] * sizes[1]
+    outside = jax.value_and_grad(
+        jax.shard_map(sharded, mesh=mesh, in_specs=columns, out_specs=P()), has_aux=True
+    )  # checked: the derivative goes through shard_map
+    inside = jax.shard_map(
+        jax.value_and_grad(sharded, has_aux=True),
+        mesh=mesh,
+        in_specs=columns,
+        out_specs=(P(), columns),
+        check_vma=False,
+    )
+    for f in (outside, inside):
+        ours, gradient = jit(f)(padded(logits, 2, shards))
+        np.testing.assert_allclose(jax.tree.leaves(ours), jax.tree.leaves(expected), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gradient[..., :V], slope, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(gradient[..., V:], 0)
+
+
+def linear_loss(settings: dict[str, Any], hidden: Any, unembed: Any, rows: Any, **choice: Any) -> Any:
+    *teaching, weight, lse = rows
+    arguments = {"log_sum_exp_logits": lse, "chunk_tokens": 4, **settings, **choice}
+    return linear_topk_kd_loss(hidden, unembed, *teaching, weight, **arguments)
+
+
+LINEAR = [(settings, "xla") for settings in SETTINGS] + [({"kd_loss": "jsd"}, "gathered")]
+
+
+@pytest.mark.parametrize(("settings", "implementation"), LINEAR, ids=lambda x: str(x) if isinstance(x, str) else "")
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 2), (2, 4), (1, 1, 2), (2, 2, 2)], ids=str)
+def test_linear(settings: dict[str, Any], implementation: str, sizes: tuple[int, ...]) -> None:
+    """The unembedding split over AXES, and the rows over "data" besides."""
+    inputs, hidden, unembed = problem()
+    rows = (*inputs.teaching, inputs.weight, inputs.log_sum_exp_logits)
+
+    def plain(hidden: jax.Array, unembed: jax.Array) -> Any:
+        sums = linear_loss(settings, hidden, unembed, rows, implementation="xla")
+        return sums.loss, sums
+
+    (_, expected), slopes = jit(jax.value_and_grad(plain, argnums=(0, 1), has_aux=True))(hidden, unembed)
+    choice = {"axis_name": AXES, "vocab_size": V, "implementation": implementation}
+    batch, vocabulary = P("data"), P(AXES)
+
+    def outside(hidden: jax.Array, unembed: jax.Array) -> Any:
+        def total(*shards: Any) -> Any:
+            return jax.lax.psum(linear_loss(settings, shards[0], shards[1], shards[2:], **choice), "data")
+
+        specs = (batch, vocabulary, *[batch] * len(rows))
+        sums = jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=P())(hidden, unembed, *rows)
+        return sums.loss, sums
+
+    def inside(hidden: jax.Array, unembed: jax.Array) -> Any:
+        def total(hidden: jax.Array, unembed: jax.Array, *rows: Any) -> Any:
+            def loss(hidden: jax.Array, unembed: jax.Array) -> Any:
+                sums = linear_loss(settings, hidden, unembed, rows, **choice)
+                return sums.loss, sums
+
+            (_, sums), (by_hidden, by_unembed) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, unembed)
+            sums, by_unembed = jax.lax.psum((sums, by_unembed), "data")
+            return (sums.loss, sums), (by_hidden, by_unembed)
+
+        specs = (batch, vocabulary, *[batch] * len(rows))
+        out_specs = (P(), (batch, vocabulary))
+        return jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(
+            hidden, unembed, *rows
+        )
+
+    mesh = make_mesh(*sizes)
+    for f in (jax.value_and_grad(outside, argnums=(0, 1), has_aux=True), inside):
+        (_, ours), (by_hidden, by_unembed) = jit(f)(hidden, padded(unembed, 0, sizes[0] * sizes[1]))
+        for name, value in ours._asdict().items():
+            if value is not None:
+                np.testing.assert_allclose(value, getattr(expected, name), rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(by_hidden, slopes[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(by_unembed[:V], slopes[1], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(by_unembed[V:], 0)
+
+
+def test_a_shard_without_any_token() -> None:
+    """Three ids on eight shards."""
+    rng = np.random.default_rng(3)
+    logits, topk_logits = rng.normal(size=(1, 2, 8)).astype(np.float32), rng.normal(size=(1, 2, 2)).astype(np.float32)
+    ids, labels = np.array([[[2, 0], [1, 2]]]), np.array([[0, 2]])
+
+    def total(z: jax.Array, **choice: Any) -> jax.Array:
+        return topk_kd_loss(z, topk_logits, ids, labels, sft_loss_weight=0.5, implementation="xla", **choice)[0].sum()
+
+    expected, slope = jax.value_and_grad(total)(logits[..., :3])
+    sharded = jax.shard_map(
+        lambda z: total(z, axis_name=AXES, vocab_size=3),
+        mesh=make_mesh(4, 2),
+        in_specs=P(None, None, AXES),
+        out_specs=P(),
+    )
+    loss, gradient = jit(jax.value_and_grad(sharded))(logits)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient[..., :3], slope, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(gradient[..., 3:], 0)
+
+
+def all_reduced(program: str) -> list[int]:
+    """The number of elements of every all-reduce in an optimised program; other collectives fail the test."""
+    assert not re.search(r" (all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(", program)
+    sizes = []
+    for result in re.findall(r"= (\(?[^=]*?\)?) all-reduce(?:-start)?\(", program):
+        shapes = re.findall(r"\w+\[([\d,]*)\]", result)
+        sizes.append(sum(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes))
+    return sizes
+
+
+@each_setting
+def test_collectives(settings: dict[str, Any]) -> None:
+    """Forward one all-reduce of K + 1 + 2 shards numbers a position at most, backward one of the hidden states."""
+    inputs, hidden, unembed = problem()
+    mesh = make_mesh(2, 2)
+    rows = (*inputs.teaching, inputs.weight, inputs.log_sum_exp_logits)
+
+    def sharded(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
+        choice = {"axis_name": AXES, "vocab_size": V, "chunk_tokens": B * T, "implementation": "xla"}
+        return linear_loss(settings, hidden, unembed, rows, **choice).loss
+
+    loss = jax.shard_map(sharded, mesh=mesh, in_specs=(P(), P(AXES)), out_specs=P())
+    arguments = hidden, padded(unembed, 0, 4)
+    (forward,) = all_reduced(jax.jit(loss).lower(*arguments).compile().as_text())
+    candidates = 4 * K if settings.get("cross_tokenizer") else K
+    assert forward <= B * T * (candidates + 1 + 2 * 4)
+    both = all_reduced(jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile().as_text())
+    assert sorted(both) == sorted([forward, B * T * D])
+
+    def on_logits(logits: jax.Array) -> jax.Array:
+        return logits_loss(settings, logits, inputs, axis_name=AXES, vocab_size=V, implementation="xla")[0]
+
+    logits = padded(np.einsum("BTD,VD->BTV", hidden, unembed), 2, 4)
+    loss = jax.shard_map(on_logits, mesh=mesh, in_specs=P(None, None, AXES), out_specs=P())
+    assert len(all_reduced(jax.jit(jax.grad(loss)).lower(logits).compile().as_text())) == 1
+
+
+def test_the_specification_takes_the_whole_vocabulary() -> None:
+    inputs, *_ = problem()
+
+    def loss(logits: jax.Array) -> jax.Array:
+        return topk_kd_loss(logits, *inputs.teaching, axis_name=AXES, implementation="reference")[0].sum()
+
+    with pytest.raises(UserError, match=r"'reference' takes the whole vocabulary, not shards over \('tensor',"):
+        jax.shard_map(loss, mesh=make_mesh(2, 1), in_specs=P(None, None, AXES), out_specs=P())(jnp.ones((B, T, 64)))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_padding_without_shards(implementation: str) -> None:
+    """Padded columns on one device: `vocab_size` alone."""
+    inputs, hidden, unembed = problem()
+    rows = (*inputs.teaching, inputs.weight, inputs.log_sum_exp_logits)
+
+    def loss(unembed: jax.Array, **choice: Any) -> jax.Array:
+        return linear_loss(SETTINGS[2], hidden, unembed, rows, implementation=implementation, **choice).loss
+
+    expected, slope = jax.value_and_grad(loss)(unembed)
+    ours, gradient = jax.value_and_grad(lambda unembed: loss(unembed, vocab_size=V))(padded(unembed, 0, 8))
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient[:V], slope, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(gradient[V:], 0)
