@@ -116,6 +116,8 @@ def _objective(config: Config, params: Params, batch: Batch) -> tuple[jax.Array,
 
 def _loss_sums(config: Config, params: Params, batch: Batch, weights: tuple[float, float]) -> LossSums:
     model, loss = bind(config.model, params), config.loss
+    # Validation measures what K rows cannot tell; the choice for it is open then.
+    implementation = None if loss.implementation == "gathered" and weights[1] != 0 else loss.implementation
     hidden_BxTxD = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
     return linear_topk_kd_loss(
         hidden_BxTxD,
@@ -134,7 +136,7 @@ def _loss_sums(config: Config, params: Params, batch: Batch, weights: tuple[floa
         log_sum_exp_logits=batch.log_sum_exp_logits,
         jsd_beta=loss.jsd_beta,
         vocab_size=None if loss.include_vocab_padding else config.model.vocab_size,
-        implementation=loss.implementation,
+        implementation=implementation,
     )
 
 

@@ -38,3 +38,16 @@ def describe() -> str:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{models[0] if models else platform.machine()}, {threads()} cores, {memory:.0f} GiB, {platform.system()}"
+
+
+def forget_peak() -> None:
+    """Let the kernel's record of this process's highest resident memory start anew. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def recorded_peak_bytes() -> int:
+    """The highest resident memory since `forget_peak`, as the kernel records it. Linux only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM")

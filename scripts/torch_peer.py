@@ -188,11 +188,11 @@ class NemoLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, grad_kd: None, grad_sft: None) -> tuple[Tensor | None, ...]:
         softmax, difference, ids, labels = ctx.saved_tensors
         kd_weight, sft_weight = ctx.weights
-        grad = torch.zeros(ctx.shape)  # W
+        grad = torch.zeros(ctx.shape, device=difference.device)  # W
         grad.scatter_(-1, ids, difference)
         grad *= kd_weight  # R+W
         if softmax is not None:
-            is_label = torch.zeros(ctx.shape)  # W
+            is_label = torch.zeros_like(grad)  # W
             is_label.scatter_(-1, labels[..., None], 1.0)
             softmax -= is_label  # 2R+W
             softmax *= sft_weight  # R+W

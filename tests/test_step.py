@@ -257,6 +257,22 @@ def test_jsd_beta_and_implementation(config: Config) -> None:
     )
 
 
+def test_gathered_rows_train_alike_and_leave_out_what_they_cannot_tell(config: Config) -> None:
+    """Distillation alone; validation, which measures the SFT term, goes by way of all logits."""
+    batch = first_batch(config)
+    config = changed(config, model={"init_std": 0.3}, loss={"sft_loss_weight": 0.0, "tail": "renormalize"})
+    dense, rows = (changed(config, loss={"implementation": name}) for name in ("xla", "gathered"))
+    (expected_state, expected), (state, metrics) = one_step(dense, batch), one_step(rows, batch)
+    assert expected.keys() - metrics.keys() == {"top1_agreement", "student_topk_mass"}
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, err_msg=name)
+    for ours, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True):
+        np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-6)
+    mesh = mesh_of(1)
+    judged = make_eval_step(rows, mesh)(state.params, meshes.put_rows(mesh, batch))
+    assert float(judged["sft_loss"].mean) > 0
+
+
 def test_vocabulary_padding_counts_only_when_asked(config: Config) -> None:
     batch = first_batch(config)
     config = changed(config, model={"padded_vocab_size": 96, "init_std": 0.3})

@@ -12,6 +12,15 @@ and an explicit choice is never replaced by another.
   the loss depends on the K taught logits alone (sft_loss_weight = 0, tail = "renormalize", matching by id) and
   K / V is small enough (`choice.GATHER_BELOW`).
 - "pallas_interpret": the Pallas kernels' arithmetic on any platform, slowly. Never chosen: it is for tests.
+
+`axis_name` names the mesh axes, major to minor, over which the vocabulary (the columns of the logits, the rows of the
+unembedding) is sharded, inside `jax.shard_map`. All other arguments are the same on all shards, and so are the
+results. One all-reduce of K + 1 + 2 shards numbers a position joins them (under rank matching, of K a shard), a
+second one in the backward pass of `linear_topk_kd_loss` sums the hidden states' gradient. Under
+`shard_map(..., check_vma=False)` differentiate inside of it.
+
+`vocab_size` is the true V where the vocabulary is padded, on all shards together: columns from V on stay out of the
+loss and have gradient 0. None: none is padded.
 """
 
 import jax.numpy as jnp
@@ -84,12 +93,7 @@ def topk_kd_loss(
       log_sum_exp_logits: [B, T], the teacher's logsumexp over its whole vocabulary, under the same shift as
         `topk_logits`. Read by tail="ghost" only.
       jsd_beta: weight of the teacher in jsd's mixture, between 0 and 1.
-      axis_name: mesh axes (major to minor) over which the columns are sharded, inside `jax.shard_map`. One
-        all-reduce of K + 1 + 2 shards numbers a position joins them. Every other argument is the same on all
-        shards, and so are the results. Under `shard_map(..., check_vma=False)` differentiate inside of it.
-      vocab_size: the true V, where the columns are padded (on all shards together): the columns from V on stay
-        out of the loss and have gradient 0. None: none is padded.
-      implementation: see `kdjax.losses`.
+      axis_name, vocab_size, implementation: see `kdjax.losses`.
 
     Returns:
       loss = kd_loss_weight * kd + sft_loss_weight * sft, kd, and sft, each [B, T] in nats.
@@ -153,10 +157,7 @@ def linear_topk_kd_loss(
       hidden: [B, T, D], the student's last hidden states, after the final norm.
       unembed: [V, D], one row a token (the layout of a tied embedding); with `axis_name`, this shard's rows.
       loss_mask: [B, T], the weight of each position in the sums; a position of weight 0 may hold anything.
-      axis_name, vocab_size: as for `topk_kd_loss`, of the rows of `unembed`. The backward pass takes one more
-        all-reduce, of the hidden states' gradient.
       chunk_tokens: positions whose logits (or gathered rows) exist at once; None: chosen by platform.
-      implementation: see `kdjax.losses`. "reference" holds all logits.
       The other arguments are those of `topk_kd_loss`.
 
     Returns:

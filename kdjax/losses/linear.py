@@ -11,7 +11,7 @@ What happens to one chunk is the business of `dense.py` (all logits) or `gathere
 import functools
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

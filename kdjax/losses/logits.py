@@ -18,7 +18,7 @@ from kdjax.losses.tracing import platform, zeros
 from kdjax.losses.vocabulary import join, taught_columns
 
 # Bytes of one block of rows in float32: small enough to stay in a core's cache from pass to pass.
-CPU_BLOCK_BYTES = 2**21
+CPU_BLOCK_BYTES = 2**20
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -50,11 +50,12 @@ def sweep(
         return picked, None, None
     logits = _real(logits, width)
     row_max = logits.max(axis=-1).astype(taught.dtype)
-    row_max = jnp.where(row_max == -jnp.inf, 0, row_max)  # a shard's row without a token: exp(-inf - 0) = 0
-    exponentials = _exponentiate(objective, logits, row_max)
+    centre = jnp.where(row_max == -jnp.inf, 0, row_max)  # a shard's row may hold nothing but padding
+    exponentials = _exponentiate(objective, logits, centre)
     if store and platform() == "cpu":
         exponentials = jax.lax.optimization_barrier(exponentials)
-    return picked._replace(row_max=row_max, log_sum=jnp.log(exponentials.sum(axis=-1))), None, (exponentials, row_max)
+    log_sum_exp = jnp.log(exponentials.sum(axis=-1))
+    return picked._replace(row_max=row_max, log_sum=log_sum_exp), None, (exponentials, row_max)
 
 
 def spread(

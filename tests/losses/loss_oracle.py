@@ -4,12 +4,10 @@ Written from the formulas of the papers and of NeMo-Aligner, sharing no code wit
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -182,20 +180,6 @@ def assert_close(ours: Any, truth: np.ndarray, dtype: str, scale: float = 1.0) -
     rounded = truth.astype(ml_dtypes.bfloat16 if name == "bfloat16" else name).astype(np.float64)
     excess = np.abs(ours.astype(np.float64) - truth) - np.abs(rounded - truth)
     np.testing.assert_array_less(excess, TOLERANCE[name] * scale)
-
-
-def matmul_flops(jaxpr: Any) -> int:
-    """Multiplications and additions of all dot_generals, those inside a scan times its length."""
-    flops = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            flops += 2 * depth * equation.outvars[0].aval.size
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            flops += times * matmul_flops(inner)
-    return flops
 
 
 def arguments_of(n: int, v: int, d: int, k: int) -> list[jax.ShapeDtypeStruct]:

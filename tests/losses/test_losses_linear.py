@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from loss_oracle import TOLERANCE, Inputs, arguments_of, assert_close, jit, make_inputs, matmul_flops, oracle
+from loss_oracle import TOLERANCE, Inputs, arguments_of, assert_close, jit, make_inputs, oracle
 
+from kdjax.flops import matmul_flops
 from kdjax.losses import LossSums, linear_topk_kd_loss
 
 SHAPE = B, T, V, K = (2, 7, 61, 5)
@@ -169,8 +170,8 @@ def test_one_matmul_forward_three_with_gradients() -> None:
     n, v, d, k = 1021, 4099, 64, 7
     loss = functools.partial(loss_of, chunk_tokens=128)
     one = 2 * n * v * d
-    forward = matmul_flops(jax.make_jaxpr(loss)(*arguments_of(n, v, d, k)).jaxpr)
-    both = matmul_flops(jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(*arguments_of(n, v, d, k)).jaxpr)
+    forward = matmul_flops(loss, *arguments_of(n, v, d, k))
+    both = matmul_flops(jax.value_and_grad(loss, argnums=(0, 1)), *arguments_of(n, v, d, k))
     np.testing.assert_allclose([forward / one, both / one], [1.0, 3.0], rtol=0.02)
 
 

@@ -11,6 +11,7 @@ import pytest
 from jax.experimental import checkify
 from loss_oracle import jit, make_inputs
 
+from kdjax import validate
 from kdjax.losses import choice, linear_topk_kd_loss, topk_kd_loss
 from kdjax.losses.objective import Objective
 from kdjax.types import UserError
@@ -210,6 +211,10 @@ def test_choice(
     assert choice.choose_linear(None, objective, 64, 49152, float32) == linear
     assert choice.choose_linear(None, objective, 64, 128, float32) != "gathered"
     assert choice.choose_logits(None, objective, jnp.dtype("float64")) == "xla"
+
+
+def test_the_configuration_offers_what_there_is() -> None:
+    assert set(validate.CHOICES["loss.implementation"]) == set(choice.LINEAR)
 
 
 def test_checked_mode_names_ids_out_of_range() -> None:

@@ -1,0 +1,325 @@
+"""One row of logits on a GPU, in Triton's language: the two kernels of `triton.py`, and `terms.py` restated for them.
+
+The settings arrive as an `Objective` that is constant to the compiler, which drops the branches not taken. Letters
+beside the legend's: N rows, a program each; C = K + 1 columns, the label's last; E those padded to a power of two,
+for Triton has no other sizes; J of them at a time; R and L the rows and lanes of the sweep's tile.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from kdjax.losses import reference
+
+ABSENT = tl.constexpr(reference.ABSENT)
+MAX_LOG_MASS = tl.constexpr(reference.MAX_LOG_MASS)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's: a running maximum that -inf can be subtracted from
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def sweep(
+    logits_NxV,
+    columns_NxC,
+    width_N,  # read where PADDED
+    t_NxK,  # the teacher's logits, read where TAUGHT
+    t_lse_N,  # its logsumexp, read where TAUGHT and for the ghost
+    topk_NxK,  # written, as all from here on
+    label_N,
+    row_max_N,  # where LOG_SUM
+    log_sum_N,  # where LOG_SUM
+    kd_N,  # where TAUGHT
+    OBJECTIVE: tl.constexpr,
+    V: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    R: tl.constexpr,
+    L: tl.constexpr,
+    LOG_SUM: tl.constexpr,
+    PADDED: tl.constexpr,
+    TAUGHT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # row * V may pass 2^31
+    logits_V = logits_NxV + row * V
+    e = tl.arange(0, E)
+    column_E = tl.load(columns_NxC + row * (K + 1) + e, mask=e < K, other=V)
+    z_E = tl.load(logits_V + column_E, mask=column_E < V, other=float("nan")).to(tl.float32)
+    tl.store(topk_NxK + row * K + e, z_E, mask=e < K)
+    label_column = tl.load(columns_NxC + row * (K + 1) + K)
+    tl.store(label_N + row, tl.load(logits_V + label_column, mask=label_column < V, other=float("nan")))
+
+    row_max = 0.0
+    log_sum = 0.0
+    if LOG_SUM:
+        width = V
+        if PADDED:
+            width = tl.load(width_N + row)
+        row_max, log_sum = _row_log_sum(logits_V, width, OBJECTIVE, V, R, L, PADDED)
+        tl.store(row_max_N + row, row_max)
+        tl.store(log_sum_N + row, log_sum)
+    if TAUGHT:
+        t_E = tl.load(t_NxK + row * K + e, mask=e < K, other=float("-inf")).to(tl.float32)
+        normalisers = _normalisers(t_E, z_E, t_lse_N + row, row_max, log_sum, OBJECTIVE)
+        tl.store(kd_N + row, _divergence(t_E, z_E, normalisers, OBJECTIVE))
+
+
+@triton.jit
+def _row_log_sum(
+    logits_V, width, OBJECTIVE: tl.constexpr, V: tl.constexpr, R: tl.constexpr, L: tl.constexpr, PADDED: tl.constexpr
+):
+    """The row's maximum m, and log sum_v exp(logits_scale (z_v - m)); -inf and -inf of a row without a finite one."""
+    tile_RxL = tl.arange(0, R)[:, None] * L + tl.arange(0, L)[None, :]
+    max_L = tl.full((L,), LOWEST, tl.float32)
+    sum_L = tl.zeros((L,), tl.float32)
+    whole = width // (R * L) * (R * L)
+    for start in tl.range(0, whole, R * L):
+        z_RxL = tl.load(logits_V + start + tile_RxL).to(tl.float32)
+        max_L, sum_L = _absorb(max_L, sum_L, z_RxL, OBJECTIVE)
+    for start in tl.range(whole, width, R * L):  # once, or not at all
+        column_RxL = start + tile_RxL
+        z_RxL = tl.load(logits_V + column_RxL, mask=column_RxL < V, other=float("-inf")).to(tl.float32)
+        if PADDED:  # on values: a load masked by a number that is not constant would be two bytes wide
+            z_RxL = tl.where(column_RxL < width, z_RxL, float("-inf"))
+        max_L, sum_L = _absorb(max_L, sum_L, z_RxL, OBJECTIVE)
+    row_max = tl.max(max_L, axis=0)
+    row_sum = tl.sum(sum_L * tl.exp2(OBJECTIVE.logits_scale * LOG2_E * (max_L - row_max)), axis=0)
+    return tl.where(row_sum == 0, float("-inf"), row_max), tl.log(row_sum)
+
+
+@triton.jit
+def _absorb(max_L, sum_L, z_RxL, OBJECTIVE: tl.constexpr):
+    """The lanes' running maxima and sums with R more logits each, which lie in one thread's registers."""
+    new_L = tl.maximum(max_L, tl.max(z_RxL, axis=0))
+    sum_L *= tl.exp2(OBJECTIVE.logits_scale * LOG2_E * (max_L - new_L))
+    sum_L += tl.sum(tl.exp2(OBJECTIVE.logits_scale * LOG2_E * (z_RxL - new_L[None, :])), axis=0)
+    return new_L, sum_L
+
+
+@triton.jit
+def spread(
+    logits_NxV,
+    columns_NxC,
+    width_N,  # read where PADDED
+    t_NxK,
+    t_lse_N,  # read for the ghost
+    topk_NxK,
+    label_N,
+    row_max_N,  # read where the objective needs the log-sum
+    log_sum_N,  # read where the objective needs the log-sum
+    kd_ct_N,
+    sft_ct_N,
+    logits_ct_NxV,  # written; may be logits_NxV
+    OBJECTIVE: tl.constexpr,
+    V: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    J: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns_C, t_K, topk_K = columns_NxC + row * (K + 1), t_NxK + row * K, topk_NxK + row * K
+    kd_ct = tl.load(kd_ct_N + row)
+    sft_ct = tl.load(sft_ct_N + row)
+    row_max = 0.0
+    log_sum = 0.0
+    if OBJECTIVE.needs_log_sum:
+        row_max = tl.load(row_max_N + row)
+        log_sum = tl.load(log_sum_N + row)
+    e = tl.arange(0, E)
+    t_E, z_E = _entries(t_K, topk_K, e, K)
+    normalisers = _normalisers(t_E, z_E, t_lse_N + row, row_max, log_sum, OBJECTIVE)
+    common_slope, slope_sum = _slopes(t_E, z_E, normalisers, OBJECTIVE)
+
+    factor = 0.0  # what each column receives through the log-sum is this times its exponential
+    if OBJECTIVE.needs_log_sum:
+        log_sum_ct = sft_ct
+        if OBJECTIVE.ghost:
+            log_sum_ct -= tl.where(kd_ct == 0, 0.0, kd_ct * slope_sum)
+        factor = tl.where(log_sum_ct == 0, 0.0, OBJECTIVE.logits_scale * log_sum_ct * tl.exp(-log_sum))
+    width = V
+    if PADDED:
+        width = tl.load(width_N + row)
+    logits_ct_V = logits_ct_NxV + row * V
+    _stream(logits_NxV + row * V, logits_ct_V, factor, row_max, width, OBJECTIVE, V, BLOCK)
+
+    # Over it, once every thread has written its part, the taught columns: the sum of all that teach the same one.
+    tl.debug_barrier()
+    column_E = tl.load(columns_C + e, mask=e <= K, other=V)
+    ct_ExJ = tl.zeros((E, J), tl.float32)
+    for start in tl.range(0, K + 1, J):
+        j = start + tl.arange(0, J)
+        t_J, z_J = _entries(t_K, topk_K, j, K)
+        ct_J = _topk_ct(t_J, z_J, normalisers, common_slope, kd_ct, OBJECTIVE)
+        ct_J = tl.where(j == K, -OBJECTIVE.logits_scale * sft_ct, ct_J)
+        column_J = tl.load(columns_C + j, mask=j <= K, other=-1)
+        ct_ExJ += tl.where(column_E[:, None] == column_J[None, :], ct_J[None, :], 0.0)
+    ct_E = tl.sum(ct_ExJ, axis=1)
+    if OBJECTIVE.needs_log_sum:
+        z_E = tl.where(e == K, tl.load(label_N + row), z_E)
+        ct_E += tl.where(factor == 0, 0.0, _softmax_ct(z_E, factor, row_max, OBJECTIVE))
+    tl.store(logits_ct_V + column_E, ct_E, mask=column_E < V)
+
+
+@triton.jit
+def _stream(
+    logits_V, logits_ct_V, factor, row_max, width, OBJECTIVE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The softmax part of the row; where the factor is 0, zeros without reading the logits."""
+    # As a product it shows the compiler its divisors, and a load masked by it stays 16 bytes wide.
+    readable = V * (factor != 0).to(tl.int32)
+    row_max = tl.where(factor == 0, 0.0, row_max)  # a masked row's may be NaN
+    whole = width // BLOCK * BLOCK
+    for start in tl.range(0, whole, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        ct = _dense_ct(logits_V, column, readable, factor, row_max, OBJECTIVE)
+        tl.store(logits_ct_V + column, ct)
+    for start in tl.range(whole, V, BLOCK):  # the ragged block, and all of the padding
+        column = start + tl.arange(0, BLOCK)
+        ct = _dense_ct(logits_V, column, readable, factor, row_max, OBJECTIVE)
+        tl.store(logits_ct_V + column, tl.where(column < width, ct, 0.0), mask=column < V)
+
+
+@triton.jit
+def _dense_ct(logits_V, column, readable, factor, row_max, OBJECTIVE: tl.constexpr):
+    if OBJECTIVE.needs_log_sum:
+        z = tl.load(logits_V + column, mask=column < readable, other=0.0).to(tl.float32)
+        ct = _softmax_ct(z, factor, row_max, OBJECTIVE)
+    else:
+        ct = tl.zeros(column.shape, tl.float32)
+    return ct
+
+
+@triton.jit
+def _softmax_ct(z, factor, row_max, OBJECTIVE: tl.constexpr):
+    return factor * tl.exp2(OBJECTIVE.logits_scale * LOG2_E * (z - row_max))
+
+
+@triton.jit
+def _entries(t_K, topk_K, e, K: tl.constexpr):
+    """The teacher's and the student's logits of entries e; absent ones from K on."""
+    t = tl.load(t_K + e, mask=e < K, other=float("-inf")).to(tl.float32)
+    return t, tl.load(topk_K + e, mask=e < K, other=float("nan"))
+
+
+@triton.jit
+def _normalisers(t_E, z_E, t_lse, row_max, log_sum, OBJECTIVE: tl.constexpr):
+    """Centre and log-sum of the teacher's log-probabilities, and of the student's."""
+    if OBJECTIVE.ghost:
+        t_centre = tl.load(t_lse).to(tl.float32)
+        t_log_sum = 0.0
+        z_centre, z_log_sum = row_max, log_sum
+    else:
+        present_E = t_E != float("-inf")
+        t_centre, t_log_sum = _centred_log_sum(t_E, present_E, OBJECTIVE.target_logits_scale)
+        z_centre, z_log_sum = _centred_log_sum(z_E, present_E, OBJECTIVE.logits_scale)
+    return t_centre, t_log_sum, z_centre, z_log_sum
+
+
+@triton.jit
+def _centred_log_sum(x_E, present_E, scale: tl.constexpr):
+    """The largest present entry, and the log of the sum of exp(scale (x - largest)) over them."""
+    largest = tl.max(tl.where(present_E, x_E, float("-inf")), axis=0)
+    return largest, tl.log(tl.sum(tl.where(present_E, tl.exp(scale * (x_E - largest)), 0.0), axis=0))
+
+
+@triton.jit
+def _log_probs(t, z, normalisers, OBJECTIVE: tl.constexpr):
+    """log p and log q of entries, `ABSENT` where the teacher's logit is -inf."""
+    log_p = OBJECTIVE.target_logits_scale * (t - normalisers[0]) - normalisers[1]
+    log_q = OBJECTIVE.logits_scale * (z - normalisers[2]) - normalisers[3]
+    present = t != float("-inf")
+    return tl.where(present, log_p, ABSENT), tl.where(present, log_q, ABSENT)
+
+
+@triton.jit
+def _divergence(t_E, z_E, normalisers, OBJECTIVE: tl.constexpr):
+    log_p_E, log_q_E = _log_probs(t_E, z_E, normalisers, OBJECTIVE)
+    kd = tl.sum(_share(log_p_E, log_q_E, OBJECTIVE), axis=0)
+    if OBJECTIVE.ghost:
+        log_p_rest, _ = _log_rest(log_p_E)
+        log_q_rest, _ = _log_rest(log_q_E)
+        kd += _share(log_p_rest, log_q_rest, OBJECTIVE)
+    return kd
+
+
+@triton.jit
+def _slopes(t_E, z_E, normalisers, OBJECTIVE: tl.constexpr):
+    """The c of the slopes d_k - c q_k by scale z_k, and the sum of these slopes."""
+    log_p_E, log_q_E = _log_probs(t_E, z_E, normalisers, OBJECTIVE)
+    slope_E = _slope(log_p_E, log_q_E, OBJECTIVE)
+    if OBJECTIVE.ghost:
+        log_p_rest, _ = _log_rest(log_p_E)
+        log_q_rest, all_of_it = _log_rest(log_q_E)
+        common = tl.where(all_of_it, 0.0, _slope(log_p_rest, log_q_rest, OBJECTIVE) * tl.exp(-log_q_rest))
+    else:
+        common = tl.sum(slope_E, axis=0)
+    return common, tl.sum(slope_E - tl.exp(log_q_E) * common, axis=0)
+
+
+@triton.jit
+def _topk_ct(t, z, normalisers, common, kd_ct, OBJECTIVE: tl.constexpr):
+    log_p, log_q = _log_probs(t, z, normalisers, OBJECTIVE)
+    slope = _slope(log_p, log_q, OBJECTIVE) - tl.exp(log_q) * common
+    return tl.where(kd_ct == 0, 0.0, OBJECTIVE.logits_scale * kd_ct * slope)
+
+
+@triton.jit
+def _share(log_p, log_q, OBJECTIVE: tl.constexpr):
+    if OBJECTIVE.kd_loss == "fwd_kl":
+        share = _times_exp(log_p, log_p - log_q)
+    elif OBJECTIVE.kd_loss == "bwd_kl":
+        share = _times_exp(log_q, log_q - log_p)
+    else:
+        log_m = _log_mixture(log_p, log_q, OBJECTIVE)
+        share = OBJECTIVE.jsd_beta * _times_exp(log_p, log_p - log_m)
+        share += (1 - OBJECTIVE.jsd_beta) * _times_exp(log_q, log_q - log_m)
+    return share
+
+
+@triton.jit
+def _slope(log_p, log_q, OBJECTIVE: tl.constexpr):
+    if OBJECTIVE.kd_loss == "fwd_kl":
+        slope = -tl.exp(log_p)
+    elif OBJECTIVE.kd_loss == "bwd_kl":
+        slope = _times_exp(log_q, log_q - log_p + 1)
+    else:
+        slope = (1 - OBJECTIVE.jsd_beta) * _times_exp(log_q, log_q - _log_mixture(log_p, log_q, OBJECTIVE))
+    return slope
+
+
+@triton.jit
+def _log_mixture(log_p, log_q, OBJECTIVE: tl.constexpr):
+    a = tl.log(tl.full((), OBJECTIVE.jsd_beta, tl.float32)) + log_p
+    c = tl.log(tl.full((), 1 - OBJECTIVE.jsd_beta, tl.float32)) + log_q
+    largest = tl.maximum(a, c)
+    return largest + tl.log(tl.exp(a - largest) + tl.exp(c - largest))
+
+
+@triton.jit
+def _times_exp(log_x, y):
+    x = tl.exp(log_x)
+    return tl.where(x == 0, 0.0, x * y)
+
+
+@triton.jit
+def _log_rest(log_prob_E):
+    """log(1 - the mass of these), the smallest there is where they have all of it; and whether they have."""
+    largest = tl.max(log_prob_E, axis=0)
+    log_mass = largest + tl.log(tl.sum(tl.exp(log_prob_E - largest), axis=0))
+    return _log1mexp(tl.minimum(log_mass, MAX_LOG_MASS)), log_mass > MAX_LOG_MASS
+
+
+@triton.jit
+def _log1mexp(log_x):
+    """log(1 - exp(log_x)) of log_x < 0, without expm1 and log1p, which Triton's interpreter lacks."""
+    # Near 1, 1 - exp(-y) = y - y^2/2! + y^3/3! - ...: to y^11 the rest is below 1e-9 of it for y < log 2.
+    y = tl.minimum(-log_x, 0.6931472)
+    series = 1 - y * (1 / 11)
+    for i in tl.static_range(9):
+        series = 1 - y * (1 / (10 - i)) * series
+    # Near 0, log(1 - x): the log of u, 1 - x rounded, and to first order what rounding took.
+    x = tl.exp(log_x)
+    u = 1 - x
+    return tl.where(log_x > -0.6931472, tl.log(y * series), tl.log(u) - ((u - 1) + x) / u)

@@ -1,0 +1,283 @@
+"""What `test_losses_triton.py` runs in a process of its own: the Triton kernels' numbers, on a CPU."""
+
+import collections
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import triton
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+from loss_oracle import Inputs, assert_close, make_inputs, oracle
+from triton_on_cpu import Memory, interpret
+
+from kdjax.losses import triton as kernels
+from kdjax.losses import triton_kernels, xla
+from kdjax.losses.choice import Call
+from kdjax.losses.logits import token_losses
+from kdjax.losses.objective import Objective, Supervision, supervise
+from kdjax.losses.vocabulary import Vocabulary
+
+# NumPy tells of the infinities that kernels compute and drop.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # a program and its callback could wait for each other
+
+DTYPES = ("float32", "bfloat16", "float16")
+SETTINGS: list[dict[str, Any]] = [
+    {"kd_loss": "fwd_kl"},
+    {"kd_loss": "bwd_kl", "sft_loss_weight": 0.4},
+    {"kd_loss": "jsd", "jsd_beta": 0.3, "sft_loss_weight": 0.4, "logits_scale": 0.5, "target_logits_scale": 2.0},
+    {"kd_loss": "fwd_kl", "tail": "ghost", "sft_loss_weight": 0.3, "logits_scale": 0.8},
+    {"kd_loss": "bwd_kl", "tail": "ghost", "logits_scale": 1.3},
+    {"kd_loss": "jsd", "tail": "ghost", "jsd_beta": 0.7},
+    {"kd_loss": "bwd_kl", "cross_tokenizer": "rank_match", "sft_loss_weight": 0.4},
+    {"kd_loss": "fwd_kl", "kd_loss_weight": 0.0, "sft_loss_weight": 1.0},
+]
+TRAITS: list[dict[str, Any]] = [{}, {"duplicates": True}, {"absent": True}, {"offset": 1000.0}, {"offset": -1000.0}]
+EVERYTHING = {"kd_loss": "jsd", "tail": "ghost", "sft_loss_weight": 0.4, "logits_scale": 0.8}
+VOCABULARIES = [
+    (v, k) for v in (2, 3, 17, 61, 4099) for k in (1, 4, 5, 61, 100, v) if k <= v and (k < v or v < 4099)
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret(monkeypatch)
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 float32 logits, so that few have many."""
+    monkeypatch.setattr(kernels, "READ_BYTES", 16)
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+
+
+def losses_and_gradient(inputs: Inputs, settings: dict[str, Any]) -> tuple[Any, jax.Array]:
+    """(loss, kd, sft) of each position, and the gradient of their weighted sum."""
+    objective = Objective(**settings)
+    supervision = supervise(objective, *inputs.teaching, inputs.log_sum_exp_logits)
+    call = Call(objective, Vocabulary(inputs.logits.shape[-1]), "triton")
+    weight = jnp.asarray(inputs.weight)
+
+    def total(logits: jax.Array) -> tuple[jax.Array, Any]:
+        losses = token_losses(call, logits, supervision)
+        return jnp.where(weight == 0, 0, weight * losses[0]).sum(), losses
+
+    (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(jnp.asarray(inputs.logits))
+    return losses, gradient
+
+
+def check(inputs: Inputs, settings: dict[str, Any]) -> None:
+    """Against the oracle; what is masked holds NaN and has no gradient at all."""
+    *truth, gradient = oracle(inputs, **settings)
+    masked = inputs.weight == 0
+    inputs.logits[masked] = np.nan
+    losses, our_gradient = losses_and_gradient(inputs, settings)
+    dtype = inputs.logits.dtype.name
+    for ours, true in zip(losses, truth, strict=True):
+        # Of the rounded logits, and computed in float32 whatever their dtype.
+        np.testing.assert_allclose(np.where(masked, 0, ours), np.where(masked, 0, true), rtol=1e-5, atol=1e-5)
+    assert our_gradient.dtype == inputs.logits.dtype
+    assert_close(our_gradient, gradient * inputs.weight[..., None], dtype)
+    assert not np.asarray(our_gradient)[masked].any()
+
+
+@pytest.mark.parametrize("traits", TRAITS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_settings(settings: dict[str, Any], traits: dict[str, Any]) -> None:
+    if settings.get("tail") == "ghost" and "duplicates" in traits:
+        traits = {}  # a mass above 1 is clamped at float32's epsilon, where float32 and float64 part
+    i = SETTINGS.index(settings) + TRAITS.index(traits)
+    check(make_inputs(i, (1, 5, 61, 7), getattr(ml_dtypes, DTYPES[i % 3], DTYPES[i % 3]), **traits), settings)
+
+
+@pytest.mark.parametrize(("v", "k"), VOCABULARIES)
+def test_vocabularies(v: int, k: int) -> None:
+    check(make_inputs(v + k, (1, 7, v, k), ("float32", ml_dtypes.bfloat16)[k % 2], absent=True), EVERYTHING)
+
+
+def test_as_many_entries_as_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PAIRS", 1 << 20)  # for the interpreter, which is slow by the operation
+    check(make_inputs(0, (1, 1, 4099, 4099)), {"kd_loss": "bwd_kl", "sft_loss_weight": 0.4})
+
+
+@pytest.mark.parametrize("v", [61, 64, 16])
+@pytest.mark.parametrize("settings", [EVERYTHING, {}])
+def test_many_blocks(v: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the vocabulary, with and without a ragged one, and of the taught columns."""
+    shrink(monkeypatch)
+    monkeypatch.setattr(kernels, "PAIRS", 64)
+    check(make_inputs(v, (2, 3, v, 13), duplicates=not settings, absent=True), settings)
+
+
+def problem(rows: int, v: int, k: int, settings: dict[str, Any], dtype: Any = "float32") -> Any:
+    """(objective, logits, columns, supervision) of float `rows`; entries and label mostly among the columns."""
+    inputs = make_inputs(v, (1, rows, v, k), dtype)
+    objective = Objective(**settings)
+    supervision = Supervision(*(jnp.asarray(x[0]) for x in (*inputs.teaching, inputs.log_sum_exp_logits)))
+    columns = jnp.concatenate([supervision.topk_token_ids, supervision.labels[:, None]], axis=-1)
+    return objective, jnp.asarray(inputs.logits[0]), columns.at[1].set(v), supervision
+
+
+def test_picks_as_xla_does() -> None:
+    """The same bits where nothing is computed; NaN where there is no column; and nothing that was not asked for."""
+    objective, logits, columns, supervision = problem(7, 61, 5, EVERYTHING)
+    theirs = xla.sweep(objective, logits, columns, log_sum=True)[0]
+    ours, kd, _ = kernels.sweep(objective, logits, columns, log_sum=True)
+    assert kd is None
+    assert np.isnan(ours.topk[1]).all()
+    assert np.isnan(ours.label[1])
+    for mine, its in zip(ours[:3], theirs[:3], strict=True):
+        np.testing.assert_array_equal(mine, its)
+    np.testing.assert_allclose(ours.log_sum, theirs.log_sum, rtol=1e-6)
+    ours, kd, _ = kernels.sweep(Objective(), logits, columns, log_sum=False, supervision=supervision)
+    np.testing.assert_array_equal(ours.topk, theirs.topk)
+    assert kd is not None
+    assert ours.row_max is None
+    assert ours.log_sum is None
+
+
+@pytest.mark.parametrize("width", [0, 1, 40, 61])
+@pytest.mark.parametrize("small", [False, True])
+def test_width(width: int, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding enters no maximum and no sum, whatever it holds, and has no gradient."""
+    if small:
+        shrink(monkeypatch)
+    objective, logits, columns, supervision = problem(7, 61, 5, EVERYTHING)
+    columns = jnp.where(columns < width, columns, 61)
+    padded = logits.at[:, width:].set(1e30)
+    ours, *_ = kernels.sweep(objective, padded, columns, log_sum=True, width=jnp.asarray(width))
+    if width == 0:
+        np.testing.assert_array_equal(ours.row_max, -np.inf)
+        np.testing.assert_array_equal(ours.log_sum, -np.inf)
+        ours = ours._replace(row_max=jnp.full(7, 3.0), log_sum=jnp.full(7, 2.0))  # of the other shards
+    else:
+        theirs = kernels.sweep(objective, logits[:, :width], jnp.minimum(columns, width), log_sum=True)[0]
+        for mine, its in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(mine, its, rtol=1e-6)
+    ones = jnp.ones(7)
+    ct = kernels.spread(
+        objective, padded, columns, ours, supervision, ones, ones, dtype=jnp.float32, width=jnp.asarray(width)
+    )
+    np.testing.assert_array_equal(ct[:, width:], 0)
+    truth = xla.spread(objective, logits, columns, ours, supervision, ones, ones, dtype=jnp.float32)
+    np.testing.assert_allclose(ct[:, :width], truth[:, :width], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_a_finite_logit() -> None:
+    objective, logits, columns, _ = problem(3, 17, 4, EVERYTHING)
+    logits = logits.at[1].set(-jnp.inf).at[2, :5].set(-jnp.inf)
+    picked = kernels.sweep(objective, logits, columns, log_sum=True)[0]
+    assert picked.row_max is not None
+    assert picked.log_sum is not None
+    assert (picked.row_max[1], picked.log_sum[1]) == (-np.inf, -np.inf)
+    scaled = 0.8 * np.asarray(logits[2], np.float64)
+    truth = np.log(np.exp(scaled - scaled.max()).sum())
+    np.testing.assert_allclose(picked.log_sum[2], truth, rtol=1e-6)
+
+
+def test_impossible_tokens() -> None:
+    """Logits of -inf outside of what is taught: probability 0, gradient 0."""
+    inputs = make_inputs(5, (1, 5, 61, 4), "float32")
+    for z, ids, label in zip(inputs.logits[0], inputs.topk_token_ids[0], inputs.labels[0], strict=True):
+        z[[column for column in range(61) if column % 3 == 0 and column not in (*ids, label)]] = -np.inf
+    check(inputs, EVERYTHING)
+
+
+def test_gradient_dtype() -> None:
+    """float32 logits of a float16 model: the gradient is rounded once, from float32."""
+    objective, logits, columns, supervision = problem(5, 61, 4, EVERYTHING)
+    picked = kernels.sweep(objective, logits, columns, log_sum=True)[0]
+    ones = jnp.ones(5)
+    narrow, wide = (
+        kernels.spread(objective, logits, columns, picked, supervision, ones, ones, dtype=dtype)
+        for dtype in (jnp.float16, jnp.float32)
+    )
+    np.testing.assert_array_equal(narrow, wide.astype(jnp.float16))
+
+
+def test_vmap() -> None:
+    """The rows of a vmapped axis are more rows, whichever of the arguments have it."""
+    objective, logits, _, supervision = problem(6, 61, 5, EVERYTHING)
+    call = Call(objective, Vocabulary(61), "triton")
+
+    @jax.jit
+    def gradient(z: jax.Array, supervision: Supervision) -> jax.Array:
+        return jax.grad(lambda z: token_losses(call, z, supervision)[0].sum())(z)
+
+    flat = gradient(logits, supervision)
+    nested = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), (logits, supervision))
+    np.testing.assert_array_equal(jax.vmap(gradient)(*nested).reshape(flat.shape), flat)
+    first = jax.tree.map(lambda x: x[:1], supervision)
+    ours = jax.vmap(gradient, in_axes=(0, None))(logits[:, None], first)
+    theirs = gradient(logits, jax.tree.map(lambda x: jnp.repeat(x, 6, axis=0), first))
+    np.testing.assert_array_equal(ours[:, 0], theirs)
+
+
+class Traffic:
+    """Triton's interpreter's memory, counting elements by dtype."""
+
+    def __init__(self, memory: Any) -> None:
+        self.memory, self.loads, self.stores = memory, collections.Counter(), collections.Counter()
+
+    def load(self, at: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        self.loads[np.dtype(dtype).name] += int(np.count_nonzero(mask))
+        return self.memory.load(at, mask, other, dtype)
+
+    def store(self, at: np.ndarray, value: np.ndarray, mask: np.ndarray) -> None:
+        self.stores[value.dtype.name] += int(np.count_nonzero(mask))
+        self.memory.store(at, value, mask)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_three_passes(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward each logit is read once, backward read once and written once; and no more than the taught beside."""
+    traffic = Traffic(interpreter._interpreter)
+    monkeypatch.setattr(interpreter, "_interpreter", traffic)
+    if small:
+        shrink(monkeypatch)
+    n, v, k = 7, 61, 5
+    objective, logits, columns, supervision = problem(n, v, k, EVERYTHING, "float16")
+    taught = (n - 1) * (k + 1)  # one row is taught no column
+    picked = kernels.sweep(objective, logits, columns, log_sum=True, supervision=supervision)[0]
+    assert traffic.loads["float16"] == n * v + taught
+    assert traffic.stores["float16"] == 0
+
+    traffic.loads.clear()
+    ct = jnp.arange(n) % 2.0  # three of seven rows have a cotangent
+    arguments = objective, logits, columns, picked, supervision, ct, ct
+    jax.block_until_ready(kernels.spread(*arguments, dtype=jnp.float16))
+    assert traffic.loads["float16"] == 3 * v
+    assert traffic.stores["float16"] == n * v + taught
+
+
+def test_no_pass_where_no_term_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renormalised KD alone reads the taught logits forward, none backward."""
+    traffic = Traffic(interpreter._interpreter)
+    monkeypatch.setattr(interpreter, "_interpreter", traffic)
+    objective, logits, columns, supervision = problem(7, 61, 5, {}, "float16")
+    picked, *_ = kernels.sweep(objective, logits, columns, log_sum=False, supervision=supervision)
+    jax.block_until_ready(picked.topk)
+    assert traffic.loads["float16"] == 6 * 6
+    ones = jnp.ones(7)
+    arguments = objective, logits, columns, picked, supervision, ones, 0 * ones
+    jax.block_until_ready(kernels.spread(*arguments, dtype=jnp.float16))
+    assert traffic.loads["float16"] == 6 * 6
+
+
+@triton.jit
+def _log1mexp(x, y, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.arange(0, N)
+    tl.store(y + i, triton_kernels._log1mexp(tl.load(x + i)))
+
+
+def test_log1mexp() -> None:
+    """To a few units in float32's last place, from the smallest argument there is to where the result underflows."""
+    x = -np.geomspace(2.0**-23, 80, 4096).astype(np.float32)
+    y = np.zeros_like(x)
+    _log1mexp[(1,)](*map(Memory, (x, y)), N=4096)
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(y, np.where(wide > -0.7, np.log(-np.expm1(wide)), np.log1p(-np.exp(wide))), rtol=1e-6)
