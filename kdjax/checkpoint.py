@@ -8,17 +8,19 @@ a model can be read without the optimiser.
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from kdjax import metrics
 from kdjax.config import Config, ModelConfig, build, from_json
+from kdjax.leaves import Index, Leaf, open_leaves
 from kdjax.model import GPT, Params, bind, param_shapes
 from kdjax.step import TrainState
 from kdjax.types import UserError
@@ -27,7 +29,7 @@ log = logging.getLogger("kdjax")
 
 MODEL_CONFIG = "model_config.json"
 # Arithmetic, not architecture: the user's choice also when a checkpoint rules the rest.
-FREE_KEYS = ("init_from", "dtype", "param_dtype", "remat", "attention", "init_std", "scaled_init")
+FREE_KEYS = ("init_from", "keep_layers", "dtype", "param_dtype", "remat", "attention", "init_std", "scaled_init")
 
 
 class RunCheckpoints:
@@ -56,7 +58,7 @@ class RunCheckpoints:
     def save(self, state: TrainState, meta: Mapping[str, Any], judged: Mapping[str, float] | None) -> None:
         """Starts saving, with the validation's means if there are any; the state may be donated at once."""
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
+            params=ocp.args.StandardSave(state.params, save_args=_chunks(state.params)),
             opt_state=ocp.args.StandardSave(state.opt_state),
             meta=ocp.args.JsonSave(dict(meta)),
         )
@@ -107,9 +109,18 @@ def save_model(path: Path | str, config: ModelConfig, params: Params) -> None:
     """Writes a model directory that `load_model` and `model.init_from` read."""
     path = Path(path).absolute()
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / "params", params, force=True)
+        checkpointer.save(path / "params", params, save_args=_chunks(params), force=True)
     architecture = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_KEYS}
     (path / MODEL_CONFIG).write_text(json.dumps(architecture, indent=2) + "\n")
+
+
+def _chunks(params: Params) -> Any:
+    """Stacked leaves are stored in pieces of at most a layer, so that a layer can be read without the others."""
+
+    def save_args(path: Any, _: jax.Array) -> ocp.SaveArgs:
+        return ocp.SaveArgs(shard_axes=(0,) if _name(path).startswith("layers/") else ())
+
+    return jax.tree_util.tree_map_with_path(save_args, params)
 
 
 def load_model(path: Path | str, *, dtype: str = "float32") -> GPT:
@@ -121,58 +132,141 @@ def load_model(path: Path | str, *, dtype: str = "float32") -> GPT:
     return bind(config, load_params(path, config))
 
 
-def load_params(path: Path | str, config: ModelConfig, sharding: jax.sharding.Sharding | None = None) -> Params:
-    """A model's parameters in `config.param_dtype`, restored directly into `sharding` (default: the first device)."""
-    source = _params_directory(Path(path))
-    where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), param_shapes(config))
-    with ocp.StandardCheckpointer() as checkpointer:
-        _compare_shapes(
-            source, _shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(source)).tree), _shapes(like)
-        )
-        return checkpointer.restore(source, like)
+def load_params(
+    path: Path | str, config: ModelConfig, sharding: Any = None, keep_layers: Sequence[int] | None = None
+) -> Params:
+    """A model's parameters in `config.param_dtype`, each process reading the shards of its own devices only.
+
+    Args:
+        sharding: one for all leaves, or a tree of them (a prefix will do); default: the first device.
+        keep_layers: the layers to take, in this order; `config.layers` is their number. The others are not read.
+
+    Rows of vocabulary padding are cut off or added, as zeros, to make `config.padded_vocab_size` of them.
+    """
+    source = params_directory(path)
+    stored, shapes = open_leaves(source), param_shapes(config)
+    _compare_shapes(source, stored, shapes, config, keep_layers)
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.broadcast(default if sharding is None else sharding, shapes)
+
+    def restore(path: Any, like: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+        leaf = stored[_name(path)]
+        layers = keep_layers if leaf.name.startswith("layers/") else None
+        pieces: dict[str, np.ndarray] = {}  # devices that hold the same shard share one read
+
+        def piece(index: Index | None) -> np.ndarray:
+            key = str(index)
+            if key not in pieces:
+                pieces[key] = _rows(leaf, like.shape, index or (), layers).astype(like.dtype)
+            return pieces[key]
+
+        return jax.make_array_from_callback(like.shape, sharding, piece)
+
+    return jax.tree_util.tree_map_with_path(restore, shapes, shardings)
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
+VOCABULARY_LEAVES = ("embed", "unembed")  # their first axis holds the vocabulary with its padding
 
 
-def _compare_shapes(source: Path, stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
-    lines = [
-        f"  {name}: {stored.get(name, 'nothing')} stored, {wanted.get(name, 'nothing')} wanted"
-        for name in sorted(stored.keys() | wanted.keys())
-        if stored.get(name) != wanted.get(name)
-    ]
+def _rows(leaf: Leaf, shape: tuple[int, ...], index: Index, layers: Sequence[int] | None) -> np.ndarray:
+    """The piece at `index` of an array of `shape`, whose rows beyond the stored ones are zero."""
+    if leaf.name not in VOCABULARY_LEAVES or shape == leaf.shape:
+        return leaf.read(index, layers)
+    rows, *rest = (*index, *[slice(None)] * (len(shape) - len(index)))
+    start, stop, _ = rows.indices(shape[0])
+    found = leaf.read((slice(min(start, leaf.shape[0]), min(stop, leaf.shape[0])), *rest))
+    return np.pad(found, [(0, stop - start - len(found)), *[(0, 0)] * (found.ndim - 1)])
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _compare_shapes(
+    source: Path, stored: Mapping[str, Leaf], shapes: Params, config: ModelConfig, keep_layers: Sequence[int] | None
+) -> None:
+    wanted = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    lines = []
+    for name in sorted(stored.keys() | wanted.keys()):
+        found, fits = stored[name].shape if name in stored else None, wanted.get(name)
+        if found is not None and fits is not None:
+            if name in VOCABULARY_LEAVES and found[0] >= config.vocab_size:
+                found = fits[:1] + found[1:]
+            if name.startswith("layers/") and keep_layers is not None and max(keep_layers) < found[0]:
+                found = (len(keep_layers), *found[1:])
+        if found != fits:
+            told = stored[name].shape if name in stored else "nothing"
+            lines.append(f"  {name}: {told} stored, {fits or 'nothing'} wanted")
     if lines:
         raise UserError(f"the parameters in {source} do not fit the architecture beside them:\n" + "\n".join(lines))
 
 
 def read_model_config(path: Path | str) -> ModelConfig:
-    """The architecture of a model directory or run."""
+    """The architecture of a model directory or run, without what it was made from."""
     path = Path(path)
     if (path / MODEL_CONFIG).exists():
         return build({"model": json.loads((path / MODEL_CONFIG).read_text())}).model
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
-    if (run / "config.json").exists():
-        return from_json((run / "config.json").read_text()).model
+    if (path / "config.json").exists() and "architectures" in json.loads((path / "config.json").read_text()):
+        raise UserError(
+            f"{path} is a Hugging Face checkpoint; convert it first: python -m kdjax.convert from-hf {path} OUT"
+        )
+    run = run_config(path)
+    if run is not None:
+        return dataclasses.replace(run.model, init_from=None, keep_layers=None)
     raise UserError(
         f"model.init_from = {str(path)!r} holds neither {MODEL_CONFIG} nor a run's config.json; "
         "give a converted checkpoint or a run directory"
     )
 
 
+def run_config(path: Path | str) -> Config | None:
+    """The configuration of a run directory, or of the run whose step this is; None when it is neither."""
+    path = Path(path).absolute()
+    file = (path.parent.parent if path.parent.name == "checkpoints" else path) / "config.json"
+    return from_json(file.read_text()) if file.exists() else None
+
+
 def adopt_architecture(config: Config) -> Config:
-    """The configuration with `model.init_from`'s architecture in place of its own."""
-    if config.model.init_from is None:
+    """The configuration with `model.init_from`'s architecture in place of its own.
+
+    `model.keep_layers` makes it as deep as they are many; `model.padded_vocab_size` may set another padding.
+    """
+    model = config.model
+    if model.init_from is None:
         return config
-    found = read_model_config(config.model.init_from)
-    free = {key: getattr(config.model, key) for key in FREE_KEYS}
-    return dataclasses.replace(config, model=dataclasses.replace(found, **free))
+    found = read_model_config(model.init_from)
+    changes = {key: getattr(model, key) for key in FREE_KEYS}
+    if model.keep_layers is not None:
+        changes["layers"] = _count(model.keep_layers, found.layers)
+    stored_rows = found.padded_vocab_size or found.vocab_size
+    if model.padded_vocab_size is not None:
+        changes["padded_vocab_size"] = model.padded_vocab_size
+        if config.loss.include_vocab_padding and model.padded_vocab_size != stored_rows:
+            raise UserError(
+                f"model.padded_vocab_size = {model.padded_vocab_size}: loss.include_vocab_padding lets the padded rows "
+                f"into the softmax, and {model.init_from} has {stored_rows} rows; leave one of the two unset"
+            )
+    return dataclasses.replace(config, model=dataclasses.replace(found, **changes))
 
 
-def _params_directory(path: Path) -> Path:
-    path = path.absolute()
+def _count(keep_layers: Sequence[int], layers: int) -> int:
+    """How many layers are kept, once it is sure that they exist and are different ones."""
+    absent = [layer for layer in keep_layers if not 0 <= layer < layers]
+    twice = sorted({layer for layer in keep_layers if keep_layers.count(layer) > 1})
+    if absent or twice or not keep_layers:
+        reason = (
+            f"there is no layer {absent[0]}" if absent else f"layer {twice[0]} comes twice" if twice else "none is left"
+        )
+        raise UserError(
+            f"model.keep_layers = {tuple(keep_layers)}: {reason}; model.init_from has {layers} layers, so give "
+            f"different numbers from 0 to {layers - 1}"
+        )
+    return len(keep_layers)
+
+
+def params_directory(path: Path | str) -> Path:
+    """Where a model's, a run's (its best step's, else its last's) or a step's parameters lie."""
+    path = Path(path).absolute()
     if (path / MODEL_CONFIG).exists() or path.parent.name == "checkpoints":
         return path / "params"
     kept = ocp.utils.checkpoint_steps(epath.Path(path / "checkpoints")) if (path / "checkpoints").exists() else []

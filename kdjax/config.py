@@ -27,6 +27,9 @@ class ModelConfig:
     """The student's architecture and arithmetic. 0 and None stand for "not given"."""
 
     init_from: str | None = knob(None, "converted checkpoint to start from; its architecture then rules")
+    keep_layers: tuple[int, ...] | None = knob(
+        None, "layers of init_from to keep, in this order, counted from 0: 0-11,18-29; None: all"
+    )
     layers: int = knob(0, "number of transformer layers")
     d_model: int = knob(0, "width of the residual stream")
     n_heads: int = knob(0, "query heads a layer")
@@ -39,6 +42,10 @@ class ModelConfig:
     max_positions: int | None = knob(None, "learned positions stored; None: data.sequence_length")
     rope_theta: float = knob(10000.0, "base of the rotary frequencies")
     rope_fraction: float = knob(1.0, "leading share of each head's width that is rotated")
+    rope_linear_factor: float = knob(1.0, "all rotary frequencies are divided by it (linear scaling)")
+    rope_llama3: tuple[float, ...] | None = knob(
+        None, "Llama 3's scaling of the low rotary frequencies: factor, low, high, original positions"
+    )
     norm: str = knob("rmsnorm", "rmsnorm | layernorm | layernorm_1p (scale stored minus one)")
     norm_eps: float = knob(1e-5, "added to the variance inside every norm")
     activation: str = knob("swiglu", "swiglu | gelu (exact) | gelu_tanh | squared_relu")
@@ -105,7 +112,10 @@ class LossConfig:
     tail: str = knob("renormalize", "mass outside the top-k: renormalize (drop) | ghost (one more bucket)")
     jsd_beta: float = knob(0.5, "weight of the teacher in jsd's mixture, between 0 and 1")
     reduction: str = knob("token", "token: mean over the global batch's tokens | nemo: mean of microbatch means")
-    implementation: str | None = knob(None, "reference | xla; None: the fastest that can run")
+    implementation: str | None = knob(
+        None,
+        "reference | xla | pallas | triton | gathered (training only, no SFT term); None: the fastest that can run",
+    )
     include_vocab_padding: bool = knob(False, "let the padded vocabulary rows into the softmax, as Megatron does")
 
 
@@ -279,29 +289,35 @@ def _options(kind: Any) -> tuple[Any, ...]:
 
 
 def _typed(dotted: str, value: Any) -> Any:
-    """The value as the knob's type: ints widen to float, integral floats narrow to int, one path becomes a tuple."""
+    """The value as the first of the knob's types that takes it."""
     for kind in _options(TYPES[dotted]):
-        if kind is type(None) and value is None:
-            return None
-        if kind in (bool, str) and isinstance(value, kind):
-            return value
-        if kind is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
-            return int(value)
-        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if typing.get_origin(kind) is tuple:
-            items = (value,) if isinstance(value, str) else value
-            if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
-                return tuple(items)
-    wanted = " or ".join(getattr(k, "__name__", str(k)) for k in _options(TYPES[dotted]))
+        try:
+            return _cast(value, kind)
+        except TypeError:
+            continue
+    wanted = " or ".join(str(k) if typing.get_args(k) else k.__name__ for k in _options(TYPES[dotted]))
     raise UserError(
         f"{dotted} = {value!r} is a {type(value).__name__}; it must be {wanted}".replace("NoneType", "None")
     )
 
 
+def _cast(value: Any, kind: Any) -> Any:
+    """Ints widen to float, integral floats narrow to int, one item becomes a tuple. Raises TypeError for the rest."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind in (bool, str, type(None)) and isinstance(value, kind):
+        return value
+    if (kind is float and number) or (kind is int and number and value == int(value)):
+        return kind(value)
+    if typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, (list, tuple)) else (value,)
+        return tuple(_cast(item, typing.get_args(kind)[0]) for item in items)
+    raise TypeError(f"{value!r} is no {kind}")
+
+
 def _parse(text: str, kind: Any) -> Any:
     """A command-line word as the first of the knob's types that it can be; itself when it can be none."""
-    for option in _options(kind):
+    options = sorted(_options(kind), key=lambda option: option is not type(None))
+    for option in options:
         try:
             if option is type(None) and text.lower() == "none":
                 return None
@@ -312,5 +328,21 @@ def _parse(text: str, kind: Any) -> Any:
         except ValueError:
             continue
         if typing.get_origin(option) is tuple:
-            return tuple(word.strip() for word in text.split(",") if word.strip())
+            words = [word.strip() for word in text.split(",") if word.strip()]
+            return tuple(words) if typing.get_args(option)[0] is str else _numbers(words)
     return text
+
+
+def _numbers(words: list[str]) -> tuple[Any, ...]:
+    """Words as numbers, ranges such as 0-11 written out (both ends count); words that are neither stay as they are."""
+    found: list[Any] = []
+    for word in words:
+        first, dash, last = word.partition("-")
+        if first.isdecimal() and dash and last.isdecimal():
+            found.extend(range(int(first), int(last) + 1))
+            continue
+        try:
+            found.append(float(word))
+        except ValueError:
+            found.append(word)
+    return tuple(found)

@@ -228,13 +228,27 @@ def output_std(config: ModelConfig) -> float:
 def rope(x_BxTxNxH: Array, positions_BxT: Array, config: ModelConfig) -> Array:
     """Rotary positions, half-rotation, on the leading `rope_fraction` of each head (Megatron's and Hugging Face's)."""
     rotated = int(x_BxTxNxH.shape[-1] * config.rope_fraction)
-    frequency = config.rope_theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
-    angle_BxTx1xR = positions_BxT[..., None, None].astype(jnp.float32) * frequency
+    angle_BxTx1xR = positions_BxT[..., None, None].astype(jnp.float32) * rope_frequencies(config, rotated)
     cos, sin = jnp.cos(angle_BxTx1xR), jnp.sin(angle_BxTx1xR)
     first, second, rest = jnp.split(x_BxTxNxH, [rotated // 2, rotated], axis=-1)
     a, b = first.astype(jnp.float32), second.astype(jnp.float32)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxNxH.dtype)
     return jnp.concatenate([turned, rest], axis=-1)
+
+
+def rope_frequencies(config: ModelConfig, rotated: int) -> Float[Array, "R"]:
+    """Radians a position for each of the `rotated` / 2 planes, scaled as Llama 3 does or linearly where asked for.
+
+    Llama 3 (Hugging Face's `rope_type` "llama3"): waves that turn fewer than `low` times in the `original` positions
+    are slowed down by `factor`, those that turn more than `high` times are left, and in between it is interpolated.
+    """
+    frequency = config.rope_theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
+    if config.rope_llama3 is not None:
+        factor, low, high, original = config.rope_llama3
+        turns = original * frequency / (2 * jnp.pi)
+        kept = jnp.clip((turns - low) / (high - low), 0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
+    return frequency / config.rope_linear_factor
 
 
 def rematerialise(layer: Any, policy: str) -> Any:

@@ -180,8 +180,9 @@ def _open(config: Config, data: DataConfig, paths: tuple[str, ...]) -> Dataset:
 def _first_state(config: Config, mesh: jax.sharding.Mesh, checkpoints: RunCheckpoints, data: str) -> TrainState:
     """The run's newest checkpoint; else model.init_from; else freshly drawn."""
     params = None
-    if config.model.init_from is not None and checkpoints.latest_step() is None:
-        params = load_params(config.model.init_from, config.model, meshes.replicated(mesh))
+    model = config.model
+    if model.init_from is not None and checkpoints.latest_step() is None:
+        params = load_params(model.init_from, model, meshes.replicated(mesh), model.keep_layers)
     state = init_state(config, mesh, params)
     restored = checkpoints.restore(state)
     if restored is None:

@@ -22,7 +22,7 @@ CHOICES: dict[str, Collection[str]] = {
     "loss.cross_tokenizer": ("rank_match",),
     "loss.tail": ("renormalize", "ghost"),
     "loss.reduction": ("token", "nemo"),
-    "loss.implementation": ("reference", "xla"),
+    "loss.implementation": ("reference", "xla", "pallas", "triton", "pallas_interpret", "gathered"),
     "optim.name": ("adamw", "lion", "sgd"),
     "optim.schedule": ("cosine", "constant", "wsd"),
     "optim.decay_rule": ("megatron", "nemo"),
@@ -30,7 +30,7 @@ CHOICES: dict[str, Collection[str]] = {
 }
 POSITIVE = {
     "model": "layers d_model n_heads d_ff vocab_size n_groups head_dim padded_vocab_size max_positions "
-    "rope_theta norm_eps init_std",
+    "rope_theta rope_linear_factor norm_eps init_std",
     "data": "sequence_length top_k n_chunks n_examples_per_chunk read_threads prefetch teacher_temperature",
     "batch": "global_size microbatch_size",
     "loss": "logits_scale target_logits_scale",
@@ -136,6 +136,11 @@ def _model(config: Config) -> None:
             model.rope_fraction,
             f"it rotates an odd number of the head's {head_dim} dimensions",
         )
+    llama3 = model.rope_llama3
+    if llama3 is not None and (len(llama3) != 4 or min(llama3) <= 0 or llama3[1] >= llama3[2]):
+        _fail("model.rope_llama3", llama3, "give factor, low, high (above low), original positions; 8,1,4,8192 in 3.1")
+    if model.keep_layers is not None and model.init_from is None:
+        _fail("model.keep_layers", model.keep_layers, "it picks layers of model.init_from; set that too")
     if (model.padded_vocab_size or model.vocab_size) < model.vocab_size:
         _fail(
             "model.padded_vocab_size",
@@ -196,6 +201,13 @@ def _loss(config: Config) -> None:
             "loss.target_logits_scale",
             loss.target_logits_scale,
             "loss.tail = 'ghost' uses the stored logsumexp, which belongs to the unscaled logits; set it to 1",
+        )
+    if loss.implementation == "gathered" and (loss.sft_loss_weight or loss.tail == "ghost" or loss.cross_tokenizer):
+        _fail(
+            "loss.implementation",
+            loss.implementation,
+            "it reads the teacher's K ids only, which leaves out loss.sft_loss_weight > 0, loss.tail = 'ghost' and"
+            " loss.cross_tokenizer; set it to None",
         )
     if loss.target_logits_scale != 1 and data.teacher_temperature != 1:
         _fail(

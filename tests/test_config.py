@@ -27,6 +27,21 @@ def test_config_dict_and_overrides_fill_the_dataclasses() -> None:
     assert config.optim.b2 == 0.98  # a default
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [("3,1,2", (3, 1, 2)), ("0-3,7", (0, 1, 2, 3, 7)), ("5", (5,)), ("none", None), ("0-1, 9-10", (0, 1, 9, 10))],
+)
+def test_numbers_and_ranges_on_the_command_line(text: str, kept: tuple[int, ...] | None) -> None:
+    assert build({}, {"model.keep_layers": text}).model.keep_layers == kept
+
+
+def test_tuples_of_numbers() -> None:
+    config = build({"model": {"keep_layers": [3, 1], "rope_llama3": [8, 1, 4, 8192]}})
+    assert config.model.rope_llama3 == (8.0, 1.0, 4.0, 8192.0)
+    assert configs.from_json(configs.to_json(config)) == config
+    assert build({}, {"model.rope_llama3": "8,1,4,8192"}).model.rope_llama3 == config.model.rope_llama3
+
+
 def test_json_round_trip_and_differences() -> None:
     config = build({"data": {"train": ["a", "b"]}, "loss": {"cross_tokenizer": True}, "optim": {"clip_norm": None}})
     assert configs.from_json(configs.to_json(config)) == config
@@ -49,6 +64,13 @@ def test_json_round_trip_and_differences() -> None:
         ({"optim": {"lr": "fast"}}, {}, r"optim.lr = 'fast' is a str; it must be float"),
         ({}, {"model.layers": "abc"}, r"model.layers = 'abc'"),
         ({}, {"model.bias": "1"}, r"model.bias = '1' is a str; it must be bool"),
+        (
+            {},
+            {"model.keep_layers": "0,x"},
+            r"keep_layers = \(0.0, 'x'\) is a tuple; it must be tuple\[int, ...\] or None",
+        ),
+        ({}, {"model.keep_layers": "1.5"}, r"keep_layers = \(1.5,\) is a tuple; it must be tuple\[int"),
+        ({"model": {"keep_layers": [True]}}, {}, r"keep_layers = \[True\] is a list; it must be tuple\[int"),
         ({"model": {"bias": 1}}, {}, r"model.bias = 1 is a int; it must be bool"),
         ({"model": {"layers": True}}, {}, r"model.layers = True"),
         ({"model": 3}, {}, r"config group 'model' holds 3"),

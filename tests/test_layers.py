@@ -19,12 +19,16 @@ LAYERS = {
     "kdjax.data": 1,
     "kdjax.optim": 1,
     "kdjax.metrics": 1,
+    "kdjax.flops": 1,
+    "kdjax.targets": 1,
+    "kdjax.leaves": 1,
     "kdjax.model": 2,
     "kdjax.step": 3,
     "kdjax.checkpoint": 3,
     "kdjax.rundir": 3,
     "kdjax.cli": 4,
     "kdjax.preamble": 4,
+    "kdjax.convert": 4,
     "kdjax.train": 5,
 }
 # Within a layer, who may import whom; a subpackage may always import itself.
@@ -32,6 +36,7 @@ SIDEWAYS = {
     "kdjax.config": {"kdjax.types"},
     "kdjax.validate": {"kdjax.config", "kdjax.types"},
     "kdjax.checkpoint": {"kdjax.step"},
+    "kdjax.convert": {"kdjax.cli"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -40,18 +40,17 @@ def tiny_logits() -> np.ndarray:
 @pytest.mark.parametrize("variant", megatron.VARIANTS)
 def test_megatron_logits(variant: str) -> None:
     """Float32 logits of Megatron-Core's own forward pass, padded columns included."""
-    config = dataclasses.replace(megatron.ARCHITECTURES[variant], vocab_size=512)
-    model = bind(config, jax.tree.map(jnp.asarray, megatron.params(variant)))
-    with np.load(megatron.DATA / variant / "logits.npz") as golden:
-        np.testing.assert_allclose(model(golden["input_ids"]), golden["logits"], rtol=0, atol=2e-5)
+    config, golden = dataclasses.replace(megatron.architecture(variant), vocab_size=512), megatron.golden(variant)
+    model = bind(config, megatron.params(variant))
+    np.testing.assert_allclose(model(golden["input_ids"]), golden["logits"], rtol=0, atol=2e-5)
 
 
 def test_megatron_tanh_gelu() -> None:
-    config = dataclasses.replace(megatron.ARCHITECTURES["gpt2ish"], vocab_size=512, activation="gelu_tanh")
-    model = bind(config, jax.tree.map(jnp.asarray, megatron.params("gpt2ish")))
-    with np.load(megatron.DATA / "gpt2ish" / "logits.npz") as golden:
-        np.testing.assert_allclose(model(golden["input_ids"]), golden["logits_gelu_tanh"], rtol=0, atol=2e-5)
-        assert np.abs(golden["logits_gelu_tanh"] - golden["logits"]).max() > 1e-3
+    config = dataclasses.replace(megatron.architecture("gpt2ish"), vocab_size=512, activation="gelu_tanh")
+    golden = megatron.golden("gpt2ish", "golden_tp1pp1_default_bias_gelu_fusion")
+    model = bind(config, megatron.params("gpt2ish"))
+    np.testing.assert_allclose(model(golden["input_ids"]), golden["logits"], rtol=0, atol=2e-5)
+    assert np.abs(golden["logits"] - megatron.golden("gpt2ish")["logits"]).max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -59,6 +58,8 @@ def test_megatron_tanh_gelu() -> None:
     [
         {"rope_theta": 1e5},
         {"rope_fraction": 2 / 6},
+        {"rope_linear_factor": 4.0},
+        {"rope_llama3": (8.0, 1.0, 4.0, 16.0)},
         {"position": "learned", "max_positions": 7},
         {"norm": "layernorm"},
         {"norm": "layernorm_1p"},

@@ -7,35 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import megatron
 import numpy as np
 import pytest
 
 from kdjax import cli, metrics
 from kdjax import config as configs
-from kdjax.checkpoint import save_model
 from kdjax.train import run
 
 CONFIG = Path(__file__).parent.parent / "configs" / "parity_nemo.py"
 SETTINGS = ("token_fwd", "nemo_fwd", "token_bwd", "token_kdonly")
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both variants' initial weights as kdjax model directories."""
-    root = tmp_path_factory.mktemp("converted")
-    for variant in megatron.VARIANTS:
-        params = jax.tree.map(jnp.asarray, megatron.params(variant))
-        save_model(root / variant, megatron.ARCHITECTURES[variant], params)
-    return root
-
-
-def history(variant: str, setting: str, converted: Path, workdir: Path, **changes: Any) -> list[dict[str, Any]]:
+def history(variant: str, setting: str, workdir: Path, **changes: Any) -> list[dict[str, Any]]:
     golden = megatron.trajectory(variant)["runs"][setting]
     config = configs.replace(
         configs.build(cli.load(CONFIG)),
-        model__init_from=str(converted / variant),
+        model__init_from=str(megatron.converted(variant)),
         data__train=(str(megatron.DATA / variant / "train_with_logits_0.jsonl"),),
         data__scratch_dir=str(workdir / "scratch"),
         batch__microbatch_size=golden["micro_batch_size"],
@@ -62,17 +50,13 @@ def assert_same(found: list[dict[str, Any]], golden: list[dict[str, Any]], rtol:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("variant", megatron.VARIANTS)
-def test_every_step_of_every_setting(variant: str, setting: str, converted: Path, tmp_path: Path) -> None:
+def test_every_step_of_every_setting(variant: str, setting: str, tmp_path: Path) -> None:
     golden = megatron.trajectory(variant)["runs"][setting]["history"]
-    assert_same(history(variant, setting, converted, tmp_path), golden)
+    assert_same(history(variant, setting, tmp_path), golden)
 
 
 @pytest.mark.parametrize(("devices", "microbatch_size"), [(1, 1), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4), (8, 1)])
-def test_token_reduction_whatever_the_split(
-    devices: int, microbatch_size: int, converted: Path, tmp_path: Path
-) -> None:
+def test_token_reduction_whatever_the_split(devices: int, microbatch_size: int, tmp_path: Path) -> None:
     golden = megatron.trajectory("llamaish")["runs"]["token_fwd"]["history"]
-    found = history(
-        "llamaish", "token_fwd", converted, tmp_path, devices=devices, batch__microbatch_size=microbatch_size
-    )
+    found = history("llamaish", "token_fwd", tmp_path, devices=devices, batch__microbatch_size=microbatch_size)
     assert_same(found, golden)

@@ -29,7 +29,8 @@ def test_commands_exist() -> None:
         for word in re.findall(r"(?:scripts|configs)/[\w./]+", command):
             assert (ROOT / word).exists(), word
         for module in re.findall(r"-m (kdjax\.\w+)", command):
-            assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
         for key in re.findall(r"--config\.([\w.]+)", command):
             assert key in configs.KNOBS, key
 

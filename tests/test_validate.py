@@ -72,6 +72,12 @@ def test_shares(key: str) -> None:
         ({"model__d_model": 33}, r"model.d_model = 33: it is no multiple of model.n_heads = 4"),
         ({"model__rope_fraction": 0.4}, r"model.rope_fraction = 0.4: it rotates an odd number"),
         (
+            {"model__rope_llama3": (8.0, 4.0, 4.0, 64.0)},
+            r"rope_llama3 = \(8.0, 4.0, 4.0, 64.0\): .*low, high \(above low",
+        ),
+        ({"model__rope_llama3": (8.0, 1.0, 4.0)}, r"rope_llama3 = .*give factor, low, high"),
+        ({"model__keep_layers": (0, 1)}, r"keep_layers = \(0, 1\): it picks layers of model.init_from; set that too"),
+        (
             {"model__padded_vocab_size": 99},
             r"padded_vocab_size = 99: it must be at least model.vocab_size = 100",
         ),
@@ -94,6 +100,10 @@ def test_shares(key: str) -> None:
         (
             {"loss__kd_loss_weight": 0.0},
             r"loss.kd_loss_weight = 0.0: loss.sft_loss_weight is 0 too, so there is nothing to learn",
+        ),
+        (
+            {"loss__implementation": "gathered", "loss__sft_loss_weight": 0.4},
+            r"'gathered': it reads the teacher's K ids only",
         ),
         ({"loss__jsd_beta": 1.0}, r"loss.jsd_beta = 1.0: it must lie strictly between 0 and 1"),
         (

@@ -1,0 +1,49 @@
+"""`python -m kdjax.convert COMMAND ...`: checkpoints in and out. Each command is a module with its own help.
+
+A command module has `add_arguments(parser)` and `run(arguments)`, which may return an exit code; its docstring is its
+help.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from kdjax import cli
+
+COMMANDS = {
+    "from-megatron": "kdjax.convert.from_megatron",
+    "from-hf": "kdjax.convert.from_hf",
+    "to-hf": "kdjax.convert.to_hf",
+    "from-gguf": "kdjax.convert.from_gguf",
+    "verify": "kdjax.convert.verify",
+    "inspect": "kdjax.convert.inspection",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; raises UserError for the user's mistakes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kdjax.convert",
+        description="Checkpoints in and out of kdjax. Each command has its own --help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(module_name)
+        text = (module.__doc__ or "").strip()
+        command = commands.add_parser(
+            name,
+            help=text.splitlines()[0],
+            description=text.replace("%", "%%"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments) or 0
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,124 @@
+"""Names and layouts of the families, as rules. PyTorch's linear maps are [out, in]; GPT-2's Conv1D is [in, out]."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kdjax.config import ModelConfig
+from kdjax.convert.huggingface.families import Family
+from kdjax.convert.rules import (
+    Arrays,
+    Rule,
+    copy,
+    head_bias,
+    head_bias_inverse,
+    heads_in,
+    heads_in_inverse,
+    heads_out,
+    heads_out_inverse,
+    linear,
+)
+from kdjax.model import head_dim
+
+PREFIX = {"gpt2": "transformer."}  # of the files of transformers' base classes it is missing; the rest have "model."
+# Kind of entry -> pattern of the names that no rule takes: what some versions stored and all of them recompute.
+SKIPPED = {
+    "rotary frequencies": r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+    "causal masks": r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
+}
+
+
+def rules(config: ModelConfig, family: Family) -> list[Rule]:
+    """The family's table for this architecture."""
+    return _gpt2(config) if family.model_type == "gpt2" else _llama(config)
+
+
+def prefix(family: Family) -> str:
+    """What every name but the head's begins with."""
+    return PREFIX.get(family.model_type, "model.")
+
+
+def _llama(config: ModelConfig) -> list[Rule]:
+    theirs, ours = "model.layers.{i}.", "layers/"
+    table = [
+        copy("model.embed_tokens.weight", "embed"),
+        copy(f"{theirs}input_layernorm.weight", f"{ours}attn_norm/scale"),
+        *(
+            Rule((f"{theirs}self_attn.{x}_proj.weight",), (f"{ours}attn/{x}/kernel",), heads_out, heads_out_inverse)
+            for x in "qkv"
+        ),
+        Rule((f"{theirs}self_attn.o_proj.weight",), (f"{ours}attn/o/kernel",), heads_in, heads_in_inverse),
+        copy(f"{theirs}post_attention_layernorm.weight", f"{ours}mlp_norm/scale"),
+        *(linear(f"{theirs}mlp.{x}_proj.weight", f"{ours}mlp/{x}/kernel") for x in ("gate", "up", "down")),
+        copy("model.norm.weight", "final_norm/scale"),
+    ]
+    if config.bias or config.qkv_bias:
+        table += [
+            Rule((f"{theirs}self_attn.{x}_proj.bias",), (f"{ours}attn/{x}/bias",), head_bias, head_bias_inverse)
+            for x in "qkv"
+        ]
+    if config.bias:
+        table += [copy(f"{theirs}self_attn.o_proj.bias", f"{ours}attn/o/bias")]
+        table += [copy(f"{theirs}mlp.{x}_proj.bias", f"{ours}mlp/{x}/bias") for x in ("gate", "up", "down")]
+    if config.qk_norm:
+        table += [copy(f"{theirs}self_attn.{x}_norm.weight", f"{ours}attn/{x}_norm/scale") for x in "qk"]
+    return table + ([] if config.tied else [copy("lm_head.weight", "unembed")])
+
+
+def _gpt2(config: ModelConfig) -> list[Rule]:
+    theirs, ours = "transformer.h.{i}.", "layers/"
+    kernels = tuple(f"{ours}attn/{x}/kernel" for x in "qkv")
+    biases = tuple(f"{ours}attn/{x}/bias" for x in "qkv")
+    table = [
+        copy("transformer.wte.weight", "embed"),
+        copy("transformer.wpe.weight", "positions"),
+        Rule((f"{theirs}attn.c_attn.weight",), kernels, _split_kernel, _fuse_kernels),
+        Rule((f"{theirs}attn.c_attn.bias",), biases, _split_bias, _fuse_biases),
+        Rule((f"{theirs}attn.c_proj.weight",), (f"{ours}attn/o/kernel",), _output, _output_inverse),
+        copy(f"{theirs}attn.c_proj.bias", f"{ours}attn/o/bias"),
+        copy(f"{theirs}mlp.c_fc.weight", f"{ours}mlp/up/kernel"),
+        copy(f"{theirs}mlp.c_fc.bias", f"{ours}mlp/up/bias"),
+        copy(f"{theirs}mlp.c_proj.weight", f"{ours}mlp/down/kernel"),
+        copy(f"{theirs}mlp.c_proj.bias", f"{ours}mlp/down/bias"),
+    ]
+    norms = ((f"{theirs}ln_1", f"{ours}attn_norm"), (f"{theirs}ln_2", f"{ours}mlp_norm"))
+    for source, target in (*norms, ("transformer.ln_f", "final_norm")):
+        table += [copy(f"{source}.weight", f"{target}/scale"), copy(f"{source}.bias", f"{target}/bias")]
+    return table + ([] if config.tied else [copy("lm_head.weight", "unembed")])
+
+
+def _split_kernel(config: ModelConfig, fused_Dx3D: np.ndarray) -> Arrays:
+    """[D, queries | keys | values] -> three [D, N, H]."""
+    return tuple(part.reshape(len(part), -1, head_dim(config)) for part in np.split(fused_Dx3D, 3, axis=1))
+
+
+def _fuse_kernels(config: ModelConfig, *kernels_DxNxH: np.ndarray) -> Arrays:
+    return (np.concatenate([kernel.reshape(len(kernel), -1) for kernel in kernels_DxNxH], axis=1),)
+
+
+def _split_bias(config: ModelConfig, fused: np.ndarray) -> Arrays:
+    return tuple(part.reshape(-1, head_dim(config)) for part in np.split(fused, 3))
+
+
+def _fuse_biases(config: ModelConfig, *biases_NxH: np.ndarray) -> Arrays:
+    return (np.concatenate([bias.reshape(-1) for bias in biases_NxH]),)
+
+
+def _output(config: ModelConfig, kernel: np.ndarray) -> Arrays:
+    return (kernel.reshape(config.n_heads, head_dim(config), -1),)
+
+
+def _output_inverse(config: ModelConfig, kernel_NxHxD: np.ndarray) -> Arrays:
+    return (kernel_NxHxD.reshape(-1, kernel_NxHxD.shape[-1]),)
+
+
+def in_file_order(table: Sequence[Rule], layers: int) -> list[tuple[Rule, int | None]]:
+    """What to write after what: the embeddings, layer after layer, the last norm and the head."""
+    before = [rule for rule in table if rule.targets[0] in ("embed", "positions")]
+    stacked = [rule for rule in table if rule.per_layer]
+    after = [rule for rule in table if rule not in before and rule not in stacked]
+    return [
+        *((rule, None) for rule in before),
+        *((rule, layer) for layer in range(layers) for rule in stacked),
+        *((rule, None) for rule in after),
+    ]

@@ -1,0 +1,135 @@
+"""Megatron's tensors and kdjax's leaves, both ways.
+
+Names are Megatron-Core's with Transformer Engine layers, whose `torch_dist` checkpoints always use them, with the layer
+numbers written out; `kdjax.convert.megatron.names` brings every other dialect to them.
+"""
+
+import re
+
+import numpy as np
+
+from kdjax.config import ModelConfig
+from kdjax.convert.rules import (
+    Arrays,
+    Rule,
+    copy,
+    heads_in,
+    heads_in_inverse,
+    linear,
+)
+from kdjax.model import head_dim
+
+LAYER = "decoder.layers.{i}."
+# Entries that hold no weights: kind -> pattern of names.
+SKIP = {
+    "Transformer Engine's _extra_state": r".*_extra_state(/.*)?",
+    "random number generators' state": r"rng_state(/.*)?",
+    "optimizer state": r"(chained_\d+\.)?optimizer\..*|optimizer|opt_param_scheduler.*",
+    "training loop's state": r"rerun_state_machine.*|iteration|num_floating_point_operations_so_far",
+    "rotary frequencies (recomputed)": r"(.*\.)?rotary_(pos_)?emb\.inv_freq",
+}
+
+
+SKIPPED = re.compile("|".join(f"(?:{pattern})" for pattern in SKIP.values()))
+
+
+def rules(config: ModelConfig) -> list[Rule]:
+    """The table for an architecture: what it has is needed, what it has not is refused."""
+    table = [copy("embedding.word_embeddings.weight", "embed")]
+    if config.position == "learned":
+        table.append(copy("embedding.position_embeddings.weight", "positions"))
+    table += _norm(config, f"{LAYER}self_attention.linear_qkv.layer_norm_", "layers/attn_norm/")
+    table += _attention(config)
+    table += _norm(config, f"{LAYER}mlp.linear_fc1.layer_norm_", "layers/mlp_norm/")
+    table += _mlp(config)
+    table += _norm(config, "decoder.final_layernorm.", "final_norm/")
+    if not config.tied:
+        table.append(copy("output_layer.weight", "unembed"))
+    return table
+
+
+def _norm(config: ModelConfig, source: str, target: str) -> list[Rule]:
+    biases = [] if config.norm == "rmsnorm" else [copy(f"{source}bias", f"{target}bias")]
+    return [copy(f"{source}weight", f"{target}scale"), *biases]
+
+
+def _attention(config: ModelConfig) -> list[Rule]:
+    source, target = f"{LAYER}self_attention.", "layers/attn/"
+
+    def qkv(kind: str) -> tuple[str, ...]:
+        return tuple(f"{target}{name}/{kind}" for name in "qkv")
+
+    table = [
+        Rule((f"{source}linear_qkv.weight",), qkv("kernel"), split_qkv, join_qkv),
+        Rule((f"{source}linear_proj.weight",), (f"{target}o/kernel",), heads_in, heads_in_inverse),
+    ]
+    if config.bias or config.qkv_bias:
+        table.append(Rule((f"{source}linear_qkv.bias",), qkv("bias"), split_qkv_bias, join_qkv_bias))
+    if config.bias:
+        table.append(copy(f"{source}linear_proj.bias", f"{target}o/bias"))
+    if config.qk_norm:
+        table += [copy(f"{source}{name}_layernorm.weight", f"{target}{name}_norm/scale") for name in "qk"]
+    return table
+
+
+def _mlp(config: ModelConfig) -> list[Rule]:
+    source, target = f"{LAYER}mlp.linear_", "layers/mlp/"
+    gated = config.activation == "swiglu"
+    table = [linear(f"{source}fc2.weight", f"{target}down/kernel")]
+    if gated:
+        halves = (f"{target}gate/kernel", f"{target}up/kernel")
+        table.append(Rule((f"{source}fc1.weight",), halves, split_gated, join_gated))
+    else:
+        table.append(linear(f"{source}fc1.weight", f"{target}up/kernel"))
+    if config.bias:
+        table.append(copy(f"{source}fc2.bias", f"{target}down/bias"))
+        if gated:
+            halves = (f"{target}gate/bias", f"{target}up/bias")
+            table.append(Rule((f"{source}fc1.bias",), halves, split_gated_bias, join_gated_bias))
+        else:
+            table.append(copy(f"{source}fc1.bias", f"{target}up/bias"))
+    return table
+
+
+def split_qkv(config: ModelConfig, weight: np.ndarray) -> Arrays:
+    """[G * (N/G + 2) * H, D] -> q [D, N, H], k and v [D, G, H].
+
+    Each query group's rows are its query heads, then its key head, then its value head.
+    """
+    D, G, H = weight.shape[1], config.n_groups or config.n_heads, head_dim(config)
+    grouped = weight.reshape(G, config.n_heads // G + 2, H, D)
+    q_NxHxD = grouped[:, :-2].reshape(config.n_heads, H, D)
+    return tuple(part.transpose(2, 0, 1) for part in (q_NxHxD, grouped[:, -2], grouped[:, -1]))
+
+
+def join_qkv(config: ModelConfig, q_DxNxH: np.ndarray, k_DxGxH: np.ndarray, v_DxGxH: np.ndarray) -> Arrays:
+    D, G, H = k_DxGxH.shape
+    q_GxRxHxD = q_DxNxH.transpose(1, 2, 0).reshape(G, -1, H, D)
+    k_Gx1xHxD, v_Gx1xHxD = (part.transpose(1, 2, 0)[:, None] for part in (k_DxGxH, v_DxGxH))
+    return (np.concatenate([q_GxRxHxD, k_Gx1xHxD, v_Gx1xHxD], axis=1).reshape(-1, D),)
+
+
+def split_qkv_bias(config: ModelConfig, bias: np.ndarray) -> Arrays:
+    return tuple(part[0] for part in split_qkv(config, bias[:, None]))
+
+
+def join_qkv_bias(config: ModelConfig, q_NxH: np.ndarray, k_GxH: np.ndarray, v_GxH: np.ndarray) -> Arrays:
+    return (join_qkv(config, q_NxH[None], k_GxH[None], v_GxH[None])[0][:, 0],)
+
+
+def split_gated(config: ModelConfig, weight: np.ndarray) -> Arrays:
+    """[2 F, D] -> gate and up, each [D, F]: the first half goes through SiLU."""
+    gate_FxD, up_FxD = np.split(weight, 2)
+    return gate_FxD.T, up_FxD.T
+
+
+def join_gated(config: ModelConfig, gate_DxF: np.ndarray, up_DxF: np.ndarray) -> Arrays:
+    return (np.concatenate([gate_DxF.T, up_DxF.T]),)
+
+
+def split_gated_bias(config: ModelConfig, bias: np.ndarray) -> Arrays:
+    return tuple(np.split(bias, 2))
+
+
+def join_gated_bias(config: ModelConfig, gate_F: np.ndarray, up_F: np.ndarray) -> Arrays:
+    return (np.concatenate([gate_F, up_F]),)

@@ -1,0 +1,79 @@
+"""The arrays of an Orbax checkpoint, opened without being read: any piece of any of them, straight from the disk.
+
+Orbax restores whole trees. Picking layers, converting one layer at a time and hashing what is stored need less than
+that, so this module opens the same files (OCDBT or plain directories, zarr 2 or 3) with TensorStore.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from kdjax.types import UserError
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One stored array. `name` is its path in the tree, such as "layers/attn/q/kernel"."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    directory: Path
+    store: tensorstore.TensorStore
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array, uncompressed."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def read(self, index: Index = (), layers: Sequence[int] | None = None) -> np.ndarray:
+        """The piece at `index`, in C order; with `layers`, of the array made of these entries of the first axis.
+
+        Raises UserError when the files are damaged.
+        """
+        index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
+        try:
+            if layers is None:
+                return self.store[index].read(order="C").result()
+            picked: Any = (list(layers[index[0]]), *index[1:])
+            return self.store.oindex[picked].read(order="C").result()
+        except ValueError as error:  # TensorStore's, for a missing or cut file or a checksum that differs
+            raise UserError(f"{self.directory}: {self.name} cannot be read: {error}") from error
+
+
+def open_leaves(directory: Path) -> dict[str, Leaf]:
+    """Every array below an Orbax directory by its name. Raises UserError when it is none."""
+    directory = directory.absolute()
+    try:
+        layout = json.loads((directory / "_METADATA").read_text())
+        names = ["/".join(key["key"] for key in entry["key_metadata"]) for entry in layout["tree_metadata"].values()]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory} is no complete Orbax checkpoint: {error!r}") from error
+    context = tensorstore.Context()
+    leaves: dict[str, Leaf] = {}
+    for name in names:
+        store = _open(directory, name, layout, context)
+        leaves[name] = Leaf(name, tuple(store.shape), np.dtype(store.dtype.numpy_dtype), directory, store)
+    return leaves
+
+
+def _open(
+    directory: Path, name: str, layout: Mapping[str, Any], context: tensorstore.Context
+) -> tensorstore.TensorStore:
+    """The array's store; its bytes are fetched by `read` only."""
+    entry = name.replace("/", ".")  # Orbax's name of the array in the directory
+    kvstore: dict[str, Any] = {"driver": "file", "path": f"{directory}/{entry}/"}
+    if layout["use_ocdbt"]:
+        kvstore = {"driver": "ocdbt", "base": f"file://{directory}/", "path": f"{entry}/"}
+    spec = {"driver": "zarr3" if layout["use_zarr3"] else "zarr", "kvstore": kvstore}
+    try:
+        return tensorstore.open(spec, open=True, read=True, context=context).result()
+    except ValueError as error:
+        raise UserError(f"{directory}: {name} cannot be opened: {error}") from error

@@ -1,0 +1,164 @@
+"""What args, NeMo's YAML and Megatron-Bridge's configuration say of the architecture, and what they may not say."""
+
+import json
+from typing import Any
+
+import megatron
+import pytest
+
+from kdjax.config import ModelConfig
+from kdjax.convert.architecture import Stated, settle, table
+from kdjax.convert.megatron.arguments import from_args, from_nemo, from_provider
+from kdjax.types import UserError
+
+NEMO = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "ffn_hidden_size": 192,
+    "num_attention_heads": 4,
+    "kv_channels": None,
+    "max_position_embeddings": 32,
+    "override_vocab_size": 500,
+}
+PROVIDER = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "vocab_size": 500,
+    "activation_func": "torch.nn.functional.gelu",
+}
+
+
+def args(variant: str = "gpt2ish", **changes: Any) -> dict[str, Any]:
+    found = json.loads((megatron.unpacked(variant) / "config.json").read_text()) | changes
+    return {key: value for key, value in found.items() if value != "absent"}
+
+
+def model(stated: dict[str, Stated]) -> ModelConfig:
+    return settle(stated, [])[0]
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "expected"),
+    [
+        ("gpt2ish", {}, {"n_groups": 4, "max_positions": 32, "tied": True, "bias": True, "qkv_bias": False}),
+        ("llamaish", {}, {"n_groups": 2, "max_positions": None, "tied": False, "bias": False, "norm": "rmsnorm"}),
+        ("llamaish", {"group_query_attention": False}, {"n_groups": 4}),
+        ("gpt2ish", {"bias_gelu_fusion": True}, {"activation": "gelu_tanh"}),
+        ("gpt2ish", {"bias_gelu_fusion": True, "add_bias_linear": False}, {"activation": "gelu", "qkv_bias": True}),
+        ("gpt2ish", {"openai_gelu": True}, {"activation": "gelu_tanh"}),
+        ("gpt2ish", {"squared_relu": True, "bias_gelu_fusion": True}, {"activation": "squared_relu"}),
+        ("gpt2ish", {"layernorm_zero_centered_gamma": True}, {"norm": "layernorm_1p"}),
+        ("gpt2ish", {"apply_layernorm_1p": True}, {"norm": "layernorm_1p"}),
+        ("gpt2ish", {"layernorm_epsilon": "absent", "norm_epsilon": 1e-6}, {"norm_eps": 1e-6}),
+        ("gpt2ish", {"normalization": "absent"}, {"norm": "layernorm"}),
+        ("llamaish", {"rotary_percent": 0.5, "rotary_base": 500000}, {"rope_fraction": 0.5, "rope_theta": 5e5}),
+        ("llamaish", {"use_rope_scaling": True}, {"rope_llama3": (8, 1, 4, 8192)}),
+        ("llamaish", {"use_rope_scaling": True, "rope_scaling_factor": 32.0}, {"rope_llama3": (32, 1, 4, 8192)}),
+        ("llamaish", {"rotary_seq_len_interpolation_factor": 4}, {"rope_linear_factor": 4}),
+        ("llamaish", {"qk_layernorm": True}, {"qk_norm": True}),
+        ("gpt2ish", {"position_embedding_type": "absent"}, {"position": "learned"}),
+        ("gpt2ish", {"use_rotary_position_embeddings": True}, {"position": "rope"}),
+        ("gpt2ish", {}, {"vocab_size": 500}),
+        ("gpt2ish", {"tokenizer_type": "GPT2BPETokenizer"}, {"vocab_size": 499}),
+        ("gpt2ish", {"ffn_hidden_size": None}, {"d_ff": 256}),
+    ],
+)
+def test_args(variant: str, changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = model(from_args(args(variant, **changes), "somewhere"))
+    assert {key: getattr(found, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"n_groups": 4, "norm": "layernorm", "activation": "gelu_tanh", "tied": True, "position": "learned"}),
+        ({"bias_activation_fusion": False}, {"activation": "gelu"}),
+        ({"bias": False}, {"activation": "gelu", "bias": False}),
+        ({"bias": False, "qkv_bias": True}, {"bias": False, "qkv_bias": True}),
+        ({"activation": "squared-relu"}, {"activation": "squared_relu"}),
+        ({"activation": "fast-swiglu", "num_query_groups": 2}, {"activation": "swiglu", "n_groups": 2}),
+        ({"normalization": "layernorm1p", "layernorm_epsilon": 1e-6}, {"norm": "layernorm_1p", "norm_eps": 1e-6}),
+        ({"position_embedding_type": "rope", "rotary_percentage": 0.5}, {"position": "rope", "rope_fraction": 0.5}),
+        ({"share_embeddings_and_output_weights": False}, {"tied": False}),
+        ({"scale_positional_embedding": True}, {"rope_llama3": (8, 1, 4, 8192)}),
+    ],
+)
+def test_nemo(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = model(from_nemo(NEMO | changes, "somewhere"))
+    assert {key: getattr(found, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"position_embedding_type": "rope"}, {"n_groups": 4, "d_ff": 256, "activation": "gelu", "norm": "layernorm"}),
+        ({"bias_activation_fusion": True}, {"activation": "gelu_tanh"}),
+        ({"gated_linear_unit": True, "activation_func": {"_target_": "torch.nn.silu"}}, {"activation": "swiglu"}),
+        ({"activation_func": "megatron.core.activations.squared_relu"}, {"activation": "squared_relu"}),
+        ({"layernorm_zero_centered_gamma": True}, {"norm": "layernorm_1p"}),
+        ({"scale_factor": 8.0, "old_context_len": 4096}, {"rope_llama3": (8, 1, 4, 4096)}),
+        ({"add_bias_linear": False, "add_qkv_bias": True}, {"qkv_bias": True}),
+    ],
+)
+def test_provider(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = model(from_provider(PROVIDER | changes, "run_config.yaml", "somewhere"))
+    assert {key: getattr(found, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 8}, r"somewhere: num_experts = 8: kdjax's model has no mixtures of experts"),
+        ({"multi_latent_attention": True}, r"multi_latent_attention = True: .* no multi-latent attention"),
+        ({"position_embedding_type": "alibi"}, r"position_embedding_type = 'alibi': .*rope, learned_absolute"),
+        ({"position_embedding_type": "yarn"}, r"'yarn'"),
+        ({"rotary_interleaved": True}, r"interleaved rotary"),
+        ({"window_size": (128, 0)}, r"window_size = \(128, 0\): .*sliding-window"),
+        ({"normalization": "RMSNorm", "layernorm_zero_centered_gamma": True}, r"RMSNorm with zero-centred scales"),
+        ({"qk_layernorm": True}, r"LayerNorm on queries and keys"),
+        ({"quick_geglu": True}, r"quick GEGLU"),
+        ({"mtp_num_layers": 1}, r"multi-token prediction"),
+        ({"normalization": "BatchNorm"}, r"normalization = 'BatchNorm'"),
+    ],
+)
+def test_features_without_a_counterpart(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_args(args(**changes), "somewhere")
+
+
+def test_features_of_the_other_two() -> None:
+    with pytest.raises(UserError, match=r"activation = 'geglu': .*swiglu, fast-swiglu"):
+        from_nemo(NEMO | {"activation": "geglu"}, "somewhere")
+    with pytest.raises(UserError, match=r"transformer_block_type = 'post_ln'"):
+        from_nemo(NEMO | {"transformer_block_type": "post_ln"}, "somewhere")
+    with pytest.raises(UserError, match=r"no such gated activation; it has silu"):
+        from_provider(PROVIDER | {"gated_linear_unit": True}, "run_config.yaml", "somewhere")
+    with pytest.raises(UserError, match=r"num_moe_experts = 8"):
+        from_provider(PROVIDER | {"num_moe_experts": 8}, "run_config.yaml", "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("layers", r"--arch layers: write --arch KEY=VALUE"),
+        ("layer=4", r"--arch layer=4: there is no such key; did you mean layers\?"),
+        ("dtype=float32", r"--arch dtype=float32: there is no such key"),
+        ("layers=four", r"model.layers = 'four' is a str; it must be int"),
+        ("activation=relu", r"model.activation = 'relu': choose one of swiglu, gelu"),
+        ("n_groups=3", r"must divide model.n_heads = 4; the nearest that does is 2"),
+        ("vocab_size=600", r"padded_vocab_size = 512: it must be at least model.vocab_size = 600"),
+    ],
+)
+def test_words_of_the_command_line(word: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        settle(from_args(args(), "somewhere"), [word])
+
+
+def test_the_table_says_where_each_value_came_from() -> None:
+    _, origins = settle(from_args(args(), "somewhere"), ["norm_eps=1e-6"])
+    lines = [line.split(maxsplit=2) for line in table(origins).splitlines()]
+    assert ["layers", "4", "args: num_layers 4"] in lines
+    assert ["n_groups", "4", "args: group_query_attention False"] in lines
+    assert ["norm_eps", "1e-06", "--arch norm_eps=1e-6"] in lines
+    assert ["rope_llama3", "None", "default"] in lines
