@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv with kdjax and its development tools in it; quick when nothing changed. Prints the interpreter's path.
+# Makes .venv with kdjax in it, and with the extras given as the argument (such as dev,aot); quick when nothing
+# changed. Prints the interpreter's path.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -15,15 +16,20 @@ find_python() {
 }
 
 python=$(find_python)
+extras=${1:-}
 stamp="$root/.venv/kdjax.stamp"
 want="$("$python" -VV; cat "$root/pyproject.toml"; echo "$root")"
 if [[ ! -f $stamp || $(cat "$stamp") != "$want" ]]; then
-    echo "setting up $root/.venv (a few minutes the first time)" >&2
     "$python" -m venv --clear "$root/.venv" || {
         echo "the venv module is missing; on Debian and Ubuntu: apt install python3-venv" >&2
         exit 1
     }
-    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root[dev]" >&2
     printf '%s\n' "$want" >"$stamp"
+fi
+installed="$root/.venv/kdjax.installed.$extras"
+if [[ ! -f $installed ]]; then
+    echo "setting up $root/.venv (a few minutes the first time)" >&2
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extras:+[$extras]}" >&2
+    touch "$installed"
 fi
 echo "$root/.venv/bin/python"

@@ -2,7 +2,7 @@
 # Sets up, then runs the gate: lint, format, types, tests. Arguments go on to pytest.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=$("$here/setup.sh")
+python=$("$here/setup.sh" dev,aot,triton)
 cd "$here/.."
 "$python" -m ruff check .
 "$python" -m ruff format --check .

@@ -15,7 +15,7 @@ import numpy as np
 from kdjax.losses import linear_topk_kd_loss, topk_kd_loss
 
 # "linear" and "gathered" are the fused loss, with the identity as unembedding; the others take logits.
-IMPLEMENTATIONS = ("reference", "xla", "linear", "gathered")
+IMPLEMENTATIONS = ("reference", "xla", "linear", "gathered", "pallas_interpret")
 # Allowed beside what rounding the truth to the dtype already costs; Cut Cross-Entropy's tolerances.
 TOLERANCE = {"float32": 5e-4, "float16": 1e-3, "bfloat16": 1e-2}
 

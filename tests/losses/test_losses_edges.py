@@ -11,7 +11,7 @@ from loss_oracle import Inputs, assert_close, jit, make_inputs, oracle
 from kdjax.losses import topk_kd_loss
 from kdjax.losses.reference import ABSENT
 
-each = pytest.mark.parametrize("implementation", ["reference", "xla"])
+each = pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_interpret"])
 
 
 def loss_and_gradient(implementation: str, inputs: Inputs, **settings: Any) -> tuple[Any, np.ndarray]:

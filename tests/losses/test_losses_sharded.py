@@ -1,5 +1,6 @@
 """The vocabulary split over mesh axes: the unsharded result, and what goes over the wire for it."""
 
+import functools
 import re
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_logits(settings: dict[str, Any], sizes: tuple[int, int]) -> None:
         out_specs=(P(), columns),
         check_vma=False,
     )
-    for f in (outside, inside):
+    for f in (outside, inside) if shards == 8 else (outside,):
         ours, gradient = jit(f)(padded(logits, 2, shards))
         np.testing.assert_allclose(jax.tree.leaves(ours), jax.tree.leaves(expected), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(gradient[..., :V], slope, rtol=1e-5, atol=1e-6)
@@ -148,22 +149,20 @@ def test_linear(settings: dict[str, Any], implementation: str, sizes: tuple[int,
         np.testing.assert_array_equal(by_unembed[V:], 0)
 
 
-def test_a_shard_without_any_token() -> None:
-    """Three ids on eight shards."""
+@pytest.mark.parametrize("offset", [0.0, -1000.0, 1000.0])
+def test_a_shard_without_any_token(offset: float) -> None:
+    """Three ids on eight shards: no padding sets the scale of the others' exponentials, wherever those lie."""
     rng = np.random.default_rng(3)
-    logits, topk_logits = rng.normal(size=(1, 2, 8)).astype(np.float32), rng.normal(size=(1, 2, 2)).astype(np.float32)
+    logits = (rng.normal(size=(1, 2, 8)) + offset).astype(np.float32)
+    topk_logits = rng.normal(size=(1, 2, 2)).astype(np.float32)
     ids, labels = np.array([[[2, 0], [1, 2]]]), np.array([[0, 2]])
 
     def total(z: jax.Array, **choice: Any) -> jax.Array:
         return topk_kd_loss(z, topk_logits, ids, labels, sft_loss_weight=0.5, implementation="xla", **choice)[0].sum()
 
-    expected, slope = jax.value_and_grad(total)(logits[..., :3])
-    sharded = jax.shard_map(
-        lambda z: total(z, axis_name=AXES, vocab_size=3),
-        mesh=make_mesh(4, 2),
-        in_specs=P(None, None, AXES),
-        out_specs=P(),
-    )
+    expected, slope = jit(jax.value_and_grad(total))(logits[..., :3])
+    on_shards = functools.partial(total, axis_name=AXES, vocab_size=3)
+    sharded = jax.shard_map(on_shards, mesh=make_mesh(4, 2), in_specs=P(None, None, AXES), out_specs=P())
     loss, gradient = jit(jax.value_and_grad(sharded))(logits)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_allclose(gradient[..., :3], slope, rtol=1e-5, atol=1e-6)

@@ -31,14 +31,7 @@ SETTINGS: list[dict[str, Any]] = [
 SHAPES = [(1, 1, 2, 1), (2, 3, 97, 13), (3, 1, 7, 7), (1, 3, 1031, 101), (2, 2, 4, 3), (1, 5, 31, 5), (1, 2, 4099, 1)]
 TRAITS: list[dict[str, Any]] = [{}, {"duplicates": True}, {"absent": True}, {"offset": 1000.0}, {"offset": -1000.0}]
 GRID = [
-    pytest.param(
-        implementation,
-        settings,
-        SHAPES[(i + 4 * j) % 7],
-        dtype,
-        TRAITS[(i + 2 * j) % 5],
-        id=f"{i}-{dtype}-{implementation}",
-    )
+    pytest.param(name, settings, SHAPES[(i + 4 * j) % 7], dtype, TRAITS[(i + 2 * j) % 5], id=f"{i}-{dtype}-{name}")
     for i, settings in enumerate(SETTINGS)
     for j, dtype in enumerate(("float32", ("bfloat16", "float16")[i % 2]))
     for name in IMPLEMENTATIONS
@@ -95,7 +88,8 @@ def test_nemo_aligner(path: pathlib.Path) -> None:
     def close(ours: jax.Array, name: str) -> None:
         np.testing.assert_allclose(ours, golden[name], rtol=1e-5, atol=1e-5 * np.abs(golden[name]).max())
 
-    ways = [(token_mean, "reference"), (token_mean, "xla"), (linear_mean, "xla")]
+    ways = [(token_mean, "reference"), (token_mean, "xla"), (token_mean, "pallas_interpret"), (linear_mean, "xla")]
+    ways += [(linear_mean, "gathered")] if takes("gathered", settings) else []
     run = jit(lambda z: [jax.value_and_grad(mean, has_aux=True)(z, name) for mean, name in ways])
     for (_, (means, losses)), gradient in run(logits):
         for ours, name in zip(means, ("loss", "kd_loss", "sft_loss"), strict=True):
