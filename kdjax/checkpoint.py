@@ -6,6 +6,7 @@ a model can be read without the optimiser.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from kdjax import metrics
+from kdjax import metrics, processes
 from kdjax.config import Config, ModelConfig, build, from_json
 from kdjax.leaves import Index, Leaf, open_leaves
 from kdjax.model import GPT, Params, bind, param_shapes
@@ -83,11 +84,10 @@ class RunCheckpoints:
             try:
                 found = self._manager.restore(step, args=items)
             except Exception as error:  # Orbax raises many kinds for a damaged step
-                log.warning(
-                    "CHECKPOINT %s CANNOT BE READ, trying the one before: %s",
-                    self._directory / str(step),
-                    error,
-                )
+                path = self._directory / str(step)
+                if not processes.all_say(f"{path} cannot be read"):
+                    raise UserError(f"{path} cannot be read here, though other processes can: {error}") from error
+                log.warning("CHECKPOINT %s CANNOT BE READ, trying the one before: %s", path, error)
                 continue
             number = jax.device_put(like.step * 0 + step, like.step.sharding)
             return dataclasses.replace(like, step=number, params=found.params, opt_state=found.opt_state), found.meta
@@ -135,7 +135,7 @@ def load_model(path: Path | str, *, dtype: str = "float32") -> GPT:
 def load_params(
     path: Path | str, config: ModelConfig, sharding: Any = None, keep_layers: Sequence[int] | None = None
 ) -> Params:
-    """A model's parameters in `config.param_dtype`, each process reading the shards of its own devices only.
+    """A model's parameters in `config.param_dtype`, restored by Orbax into the shards of each process's own devices.
 
     Args:
         sharding: one for all leaves, or a tree of them (a prefix will do); default: the first device.
@@ -148,34 +148,52 @@ def load_params(
     _compare_shapes(source, stored, shapes, config, keep_layers)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.broadcast(default if sharding is None else sharding, shapes)
+    whole = shapes if keep_layers is None else {name: leaf for name, leaf in shapes.items() if name != "layers"}
+    params = _restore(source, whole, {name: shardings[name] for name in whole})
+    if keep_layers is not None:
+        pick = functools.partial(_pick_layers, stored, keep_layers)
+        params["layers"] = jax.tree_util.tree_map_with_path(pick, shapes["layers"], shardings["layers"])
+    return params
 
-    def restore(path: Any, like: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
-        leaf = stored[_name(path)]
-        layers = keep_layers if leaf.name.startswith("layers/") else None
-        pieces: dict[str, np.ndarray] = {}  # devices that hold the same shard share one read
 
-        def piece(index: Index | None) -> np.ndarray:
-            key = str(index)
-            if key not in pieces:
-                pieces[key] = _rows(leaf, like.shape, index or (), layers).astype(like.dtype)
-            return pieces[key]
+def _restore(source: Path, shapes: Params, shardings: Params) -> Params:
+    """The arrays of these names from an Orbax directory; rows that are not stored are zero."""
+    arguments = jax.tree.map(
+        lambda leaf, sharding: ocp.ArrayRestoreArgs(
+            dtype=leaf.dtype, sharding=sharding, global_shape=leaf.shape, strict=False
+        ),
+        shapes,
+        shardings,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        wanted = ocp.args.PyTreeRestore(item=shapes, restore_args=arguments, partial_restore=True)
+        try:
+            return checkpointer.restore(source, args=wanted)
+        except Exception as error:  # Orbax raises many kinds for a damaged checkpoint
+            raise UserError(f"the parameters in {source} are damaged or incomplete: {error}") from error
 
-        return jax.make_array_from_callback(like.shape, sharding, piece)
 
-    return jax.tree_util.tree_map_with_path(restore, shapes, shardings)
+def _pick_layers(
+    stored: Mapping[str, Leaf],
+    keep_layers: Sequence[int],
+    path: Any,
+    like: jax.ShapeDtypeStruct,
+    sharding: jax.sharding.Sharding,
+) -> jax.Array:
+    """Some layers of a stacked leaf. Orbax restores whole arrays only."""
+    leaf = stored[f"layers/{_name(path)}"]
+    pieces: dict[str, np.ndarray] = {}  # devices that hold the same shard share one read
+
+    def piece(index: Index | None) -> np.ndarray:
+        key = str(index)
+        if key not in pieces:
+            pieces[key] = leaf.read(index or (), keep_layers).astype(like.dtype)
+        return pieces[key]
+
+    return jax.make_array_from_callback(like.shape, sharding, piece)
 
 
 VOCABULARY_LEAVES = ("embed", "unembed")  # their first axis holds the vocabulary with its padding
-
-
-def _rows(leaf: Leaf, shape: tuple[int, ...], index: Index, layers: Sequence[int] | None) -> np.ndarray:
-    """The piece at `index` of an array of `shape`, whose rows beyond the stored ones are zero."""
-    if leaf.name not in VOCABULARY_LEAVES or shape == leaf.shape:
-        return leaf.read(index, layers)
-    rows, *rest = (*index, *[slice(None)] * (len(shape) - len(index)))
-    start, stop, _ = rows.indices(shape[0])
-    found = leaf.read((slice(min(start, leaf.shape[0]), min(stop, leaf.shape[0])), *rest))
-    return np.pad(found, [(0, stop - start - len(found)), *[(0, 0)] * (found.ndim - 1)])
 
 
 def _name(path: Any) -> str:

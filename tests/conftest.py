@@ -1,7 +1,11 @@
 """Eight fake CPU devices, whatever the machine has; quick compilation, and each program compiled once."""
 
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Without LLVM's optimisations programs compile three times as fast; what XLA plans (buffers, collectives) stays.
@@ -14,3 +18,27 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+
+@pytest.fixture
+def compiler() -> None:
+    """What compiles for GPUs on a machine without one; skips where there is none."""
+    from kdjax.targets import topology
+    from kdjax.types import UserError
+
+    try:
+        topology("h100", 1)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def uncached() -> Iterator[None]:
+    """JAX writes programs for such GPUs to its persistent cache, and warns when it cannot read them."""
+    import jax
+
+    threshold = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, threshold)
+    jax.config.update(threshold, math.inf)
+    yield
+    jax.config.update(threshold, before)

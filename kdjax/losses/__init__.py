@@ -6,7 +6,8 @@ and an explicit choice is never replaced by another.
 - "reference": the specification as algebra (`reference.py`), differentiated by JAX. Never chosen.
 - "xla": derivatives by hand in plain JAX (`xla.py`), for any platform and dtype. Chosen where no other is.
 - "pallas": the same as one GPU kernel a direction (`pallas.py`, Pallas with the Triton lowering). Chosen on
-  NVIDIA GPUs for losses that depend on the logsumexp over the vocabulary.
+  NVIDIA GPUs for losses that depend on the logsumexp over the vocabulary, on one device or inside `jax.shard_map`:
+  under plain `jit` XLA would gather logits that are sharded.
 - "triton": the same kernels through jax-triton (`triton.py`, extra "triton"). Never chosen: Pallas needs no extra.
 - "gathered": K rows of the unembedding instead of V (`gathered.py`), `linear_topk_kd_loss` only. Chosen where
   the loss depends on the K taught logits alone (sft_loss_weight = 0, tail = "renormalize", matching by id) and

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kdjax.losses import xla
 from kdjax.losses.objective import Objective
-from kdjax.losses.tracing import platform
+from kdjax.losses.tracing import on_one_device, platform
 from kdjax.losses.vocabulary import Vocabulary
 from kdjax.types import UserError
 
@@ -103,8 +103,11 @@ def not_gathered(objective: Objective) -> str | None:
 
 
 def _row_implementation(dtype: jnp.dtype) -> str:
-    """Pallas on CUDA, whose kernel reads the logits once where XLA reads them twice; XLA elsewhere."""
-    return "pallas" if platform() == "cuda" and dtype != jnp.float64 else "xla"
+    """Pallas on CUDA, whose kernel reads the logits once where XLA reads them twice; XLA elsewhere.
+
+    XLA cannot split a kernel over devices: under plain `jit` it would gather the logits that are split over some.
+    """
+    return "pallas" if platform() == "cuda" and on_one_device() and dtype != jnp.float64 else "xla"
 
 
 def _checked(implementation: str, there_are: tuple[str, ...], operation: str, dtype: jnp.dtype) -> str:

@@ -15,6 +15,12 @@ def platform() -> str:
     return "rocm" if "rocm" in jax.devices()[0].client.platform_version else "cuda"
 
 
+def on_one_device() -> bool:
+    """Whether every array being traced lies on one device: inside `shard_map` over all axes, or where there is one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 if mesh.empty else mesh.are_all_axes_manual or mesh.size == 1
+
+
 def varying(x: Any) -> frozenset[str]:
     """The manual mesh axes along which an array or shape varies, as far as `shard_map` checks it; else none."""
     kind = getattr(x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "manual_axis_type", None)

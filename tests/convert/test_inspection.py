@@ -1,16 +1,19 @@
 """`verify` and `inspect`: what they print and when they say no."""
 
 import dataclasses
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from kdjax.checkpoint import load_model, save_model
+from kdjax.checkpoint import load_model, read_model_config, save_model
 from kdjax.config import ModelConfig
 from kdjax.convert.__main__ import main
-from kdjax.model import init_params
+from kdjax.model import init_params, param_shapes
 from kdjax.types import UserError
 
 GOLDEN = Path(__file__).parent.parent / "data" / "hf" / "qwen2"
@@ -83,7 +86,7 @@ def test_files_that_verify_cannot_use(model: Path, tmp_path: Path) -> None:
 def test_inspect_prints_the_tree_and_checks_the_digests(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(model)]) == 0
     out = capsys.readouterr().out
-    count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: load_model(model))))
+    count = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(read_model_config(model))))
     assert f"{count:,} parameters in 15 arrays" in out
     for words in (
         "layers/attn/k/kernel",
@@ -106,8 +109,10 @@ def test_inspect_finds_a_changed_and_a_damaged_array(model: Path, capsys: pytest
     chunk.write_bytes(other[:50])
     assert main(["inspect", str(model)]) == 1
     assert "layers/mlp/up/kernel cannot be read" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"layers/mlp/up/kernel cannot be read"):
-        load_model(model)
+    # In a process of its own: Orbax leaves reads that it gave up on behind, which Python warns of when it finds them.
+    code = f"from kdjax.checkpoint import load_model; load_model({str(model)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert re.search(r"UserError: .*params are damaged or incomplete: (.|\n)*layers.mlp.up.kernel", done.stderr)
 
 
 def test_inspect_reads_what_no_converter_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from loss_oracle import TOLERANCE, Inputs, arguments_of, assert_close, jit, make_inputs, oracle
 
 from kdjax.flops import matmul_flops
-from kdjax.losses import LossSums, linear_topk_kd_loss
+from kdjax.losses import LossSums, linear_topk_kd_loss, topk_kd_loss
 
 SHAPE = B, T, V, K = (2, 7, 61, 5)
 D = 3
@@ -186,3 +186,21 @@ def test_memory() -> None:
     fused = temporaries(1024, implementation="xla")
     np.testing.assert_array_less(fused, 0.25 * temporaries(1024, implementation="reference"))
     np.testing.assert_array_less(temporaries(2048, implementation="xla"), 1.02 * fused)
+
+
+def test_memory_of_logits() -> None:
+    """On logits: a block of rows. bfloat16 on a CPU takes the gradient's bits a second time, which XLA copies."""
+
+    def temporaries(dtype: Any) -> int:
+        n, v, k = 1024, 32768, 64
+        shapes = [((1, n, v), dtype), ((1, n, k), jnp.float32), ((1, n, k), jnp.int32), ((1, n), jnp.int32)]
+
+        def loss(logits: jax.Array, *teaching: jax.Array) -> jax.Array:
+            return topk_kd_loss(logits, *teaching, sft_loss_weight=0.4, implementation="xla")[0].sum()
+
+        arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+        memory = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile().memory_analysis()
+        return memory.temp_size_in_bytes / (n * v * jnp.dtype(dtype).itemsize)
+
+    np.testing.assert_array_less([temporaries(x) for x in (jnp.float32, jnp.float16)], 0.1)
+    np.testing.assert_array_less(temporaries(jnp.bfloat16), 1.1)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 from loss_oracle import jit, make_inputs
 
 from kdjax import validate
@@ -206,11 +208,29 @@ def test_choice(
 ) -> None:
     """By platform and settings; K = 64 of 49152 is few, of 128 it is not."""
     monkeypatch.setattr(choice, "platform", lambda: platform)
+    monkeypatch.setattr(choice, "on_one_device", lambda: True)
     objective, float32 = Objective(**settings), jnp.dtype("float32")
     assert choice.choose_logits(None, objective, float32) == logits
     assert choice.choose_linear(None, objective, 64, 49152, float32) == linear
     assert choice.choose_linear(None, objective, 64, 128, float32) != "gathered"
     assert choice.choose_logits(None, objective, jnp.dtype("float64")) == "xla"
+    monkeypatch.setattr(choice, "on_one_device", lambda: False)
+    assert choice.choose_logits(None, objective, float32) == "xla"
+
+
+def test_kernels_are_chosen_where_arrays_lie_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On eight devices: inside shard_map, not under plain jit, which would gather what is sharded."""
+    monkeypatch.setattr(choice, "platform", lambda: "cuda")
+    chosen = []
+
+    def loss(logits: jax.Array) -> jax.Array:
+        chosen.append(choice.choose_logits(None, Objective(sft_loss_weight=0.4), logits.dtype))
+        return logits
+
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+    jax.eval_shape(loss, HIDDEN)
+    jax.eval_shape(jax.shard_map(loss, mesh=mesh, in_specs=P(None), out_specs=P(None)), HIDDEN)
+    assert chosen == ["xla", "pallas"]
 
 
 def test_the_configuration_offers_what_there_is() -> None:
