@@ -56,8 +56,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def process_rows(mesh: Mesh, global_size: int) -> slice:
     """The contiguous rows of the global batch that this process feeds to its devices."""
     spans = NamedSharding(mesh, ROWS).addressable_devices_indices_map((global_size,)).values()
-    bounds = [index[0].indices(global_size) for index in spans if index is not None]
-    return slice(min(b[0] for b in bounds), max(b[1] for b in bounds))
+    bounds = {index[0].indices(global_size)[:2] for index in spans if index is not None}
+    rows = slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+    # A process's devices follow each other in jax.devices(), and the mesh keeps their order.
+    assert sum(stop - start for start, stop in bounds) == rows.stop - rows.start, sorted(bounds)
+    return rows
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
@@ -78,3 +81,55 @@ def per_device(f: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any)
 def sum_over_batch_axes(tree: Any) -> Any:
     """All-reduce over the axes that split the batch; only inside `per_device`."""
     return jax.lax.psum(tree, BATCH_AXES)
+
+
+def param_specs(mesh: Mesh, shapes: Any) -> Any:
+    """How each parameter is split over "fsdp", and with it what the optimiser keeps of it.
+
+    Along its longest axis that divides; what has none lies whole on every device.
+    """
+
+    def spec(leaf: jax.ShapeDtypeStruct) -> P:
+        divide = [axis for axis, size in enumerate(leaf.shape) if size % mesh.shape["fsdp"] == 0]
+        if mesh.shape["fsdp"] == 1 or not divide:
+            return REPLICATED
+        axis = max(divide, key=lambda axis: leaf.shape[axis])
+        return P(*[None] * axis, "fsdp")
+
+    return jax.tree.map(spec, shapes)
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    """The specs on this mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+
+def gather_params(params: Any, specs: Any) -> Any:
+    """Whole parameters from each device's shards: one all-gather a leaf; only inside `per_device`."""
+
+    def gather(spec: P, shard: jax.Array) -> jax.Array:
+        axis = _split_axis(spec)
+        return shard if axis is None else jax.lax.all_gather(shard, "fsdp", axis=axis, tiled=True)
+
+    return jax.tree.map(gather, specs, params, is_leaf=_is_spec)
+
+
+def sum_to_shards(grads: Any, specs: Any) -> Any:
+    """Gradients summed over the axes that split the batch, each device keeping its shards; only inside `per_device`."""
+
+    def reduce(spec: P, grad: jax.Array) -> jax.Array:
+        axis = _split_axis(spec)
+        if axis is None:
+            return sum_over_batch_axes(grad)
+        shard = jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=axis, tiled=True)
+        return jax.lax.psum(shard, "data")
+
+    return jax.tree.map(reduce, specs, grads, is_leaf=_is_spec)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, P)
+
+
+def _split_axis(spec: P) -> int | None:
+    return next((axis for axis, name in enumerate(spec) if name is not None), None)

@@ -1,13 +1,14 @@
 """The pure steps: make a state, train on a global batch, evaluate one. Jitted once each.
 
-A step sees the whole global batch. Every device scans over its microbatches, adding up gradients and sums; then one
-all-reduce over the devices, one division, one update.
+A step sees the whole global batch. Every device gathers the parameters of which it holds a shard (the whole without
+`mesh.fsdp`) and scans over its microbatches, adding up gradients and sums; then one sum over the devices, which leaves
+each with its shard of the gradients, one division, one update.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxtyping import Array
 from kdjax import mesh as meshes
 from kdjax.config import Config
 from kdjax.losses import LossSums, linear_topk_kd_loss
-from kdjax.model import Params, bind, init_params
+from kdjax.model import Params, bind, init_params, param_shapes
 from kdjax.optim import optimizer, schedule
 from kdjax.types import Batch, SumCount
 
@@ -44,7 +45,26 @@ def init_state(config: Config, mesh: Mesh, params: Params | None = None) -> Trai
         params = init_params(config.model, key) if params is None else params
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer(config.optim).init(params))
 
-    return jax.jit(make, out_shardings=meshes.replicated(mesh))(jax.random.key(config.train.seed), params)
+    return jax.jit(make, out_shardings=state_shardings(config, mesh))(jax.random.key(config.train.seed), params)
+
+
+def state_shardings(config: Config, mesh: Mesh) -> Any:
+    """Where each array of the state lies, as a `TrainState` of shardings."""
+    tx, whole = optimizer(config.optim), meshes.replicated(mesh)
+    params = param_shardings(config, mesh)
+    opt_state = optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, param_shapes(config.model)),
+        params,
+        transform_non_params=lambda _: whole,
+    )
+    return TrainState(cast(Any, whole), params, opt_state)
+
+
+def param_shardings(config: Config, mesh: Mesh) -> Params:
+    """Where each parameter lies."""
+    return meshes.shardings(mesh, meshes.param_specs(mesh, param_shapes(config.model)))
 
 
 def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -54,13 +74,16 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
     and reports `skipped` = 1. The state is donated.
     """
     tx, rate = optimizer(config.optim), schedule(config.optim, config.train.steps)
+    specs = meshes.param_specs(mesh, param_shapes(config.model))
 
     def gradient(params: Params, batch: Batch) -> tuple[Params, Sums]:
+        params = meshes.gather_params(params, specs)
         microbatches = _split(batch, config.batch.microbatch_size)
         differentiate = jax.grad(functools.partial(_objective, config), has_aux=True)
-        return meshes.sum_over_batch_axes(_scan_sum(functools.partial(differentiate, params), microbatches))
+        grads, sums = _scan_sum(functools.partial(differentiate, params), microbatches)
+        return meshes.sum_to_shards(grads, specs), meshes.sum_over_batch_axes(sums)
 
-    gradient = meshes.per_device(gradient, mesh, (meshes.REPLICATED, meshes.ROWS), meshes.REPLICATED)
+    gradient = meshes.per_device(gradient, mesh, (specs, meshes.ROWS), (specs, meshes.REPLICATED))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, sums = gradient(state.params, batch)
@@ -82,7 +105,7 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings(config, mesh), meshes.replicated(mesh)))
 
 
 def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], Sums]:
@@ -91,6 +114,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], Sums
     Both terms are measured whatever their weights, and always as means over tokens.
     """
     weights = config.loss.kd_loss_weight, config.loss.sft_loss_weight
+    specs = meshes.param_specs(mesh, param_shapes(config.model))
 
     def one(params: Params, microbatch: Batch) -> Sums:
         sums = _loss_sums(config, params, microbatch, (1.0, 1.0))
@@ -98,10 +122,11 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], Sums
         return _by_token(config, sums, microbatch)
 
     def evaluate(params: Params, batch: Batch) -> Sums:
+        params = meshes.gather_params(params, specs)
         microbatches = _split(batch, config.batch.microbatch_size)
         return meshes.sum_over_batch_axes(_scan_sum(functools.partial(one, params), microbatches))
 
-    return jax.jit(meshes.per_device(evaluate, mesh, (meshes.REPLICATED, meshes.ROWS), meshes.REPLICATED))
+    return jax.jit(meshes.per_device(evaluate, mesh, (specs, meshes.ROWS), meshes.REPLICATED))
 
 
 def _objective(config: Config, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Collection
 from typing import Any
 
-from kdjax.config import Config
+from kdjax.config import Config, ModelConfig
 from kdjax.types import UserError
 
 CHOICES: dict[str, Collection[str]] = {
@@ -63,19 +63,24 @@ WHY = {
 
 def resolve(config: Config) -> Config:
     """The configuration with what follows from other values filled in, ready to be validated, printed and saved."""
-    model, loss = config.model, config.loss
+    loss = config.loss
     aliases: dict[Any, Any] = {True: "rank_match", False: None}  # NeMo-Aligner's spelling
     cross_tokenizer = aliases.get(loss.cross_tokenizer, loss.cross_tokenizer)
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(
-            model,
-            n_groups=model.n_groups or model.n_heads,
-            head_dim=model.head_dim or model.d_model // max(model.n_heads, 1),
-            padded_vocab_size=model.padded_vocab_size or model.vocab_size,
-            max_positions=model.max_positions or config.data.sequence_length if model.position == "learned" else None,
-        ),
+        model=resolve_model(config.model, config.data.sequence_length),
         loss=dataclasses.replace(loss, cross_tokenizer=cross_tokenizer),
+    )
+
+
+def resolve_model(model: ModelConfig, sequence_length: int | None = None) -> ModelConfig:
+    """The architecture with what follows from other values filled in; learned positions reach `sequence_length`."""
+    return dataclasses.replace(
+        model,
+        n_groups=model.n_groups or model.n_heads,
+        head_dim=model.head_dim or model.d_model // max(model.n_heads, 1),
+        padded_vocab_size=model.padded_vocab_size or model.vocab_size,
+        max_positions=model.max_positions or sequence_length if model.position == "learned" else None,
     )
 
 
@@ -83,39 +88,48 @@ def validate(config: Config) -> None:
     """Raises UserError at the first thing that cannot work, whatever the records and the devices."""
     _choices(config)
     _ranges(config)
-    _model(config)
+    _model(config.model)
     _data_and_batch(config)
     _loss(config)
     _schedule(config)
     _mesh(config)
 
 
+def validate_model(model: ModelConfig) -> None:
+    """The part of `validate` that needs no more than a resolved architecture, such as a converted checkpoint's."""
+    config = Config(model=model)
+    _choices(config, "model.")
+    _ranges(config, "model.")
+    _model(model)
+
+
 def _fail(key: str, value: Any, reason: str) -> None:
     raise UserError(f"{key} = {value!r}: {reason}")
 
 
-def _choices(config: Config) -> None:
+def _choices(config: Config, prefix: str = "") -> None:
     for key, allowed in CHOICES.items():
-        if config[key] is not None and config[key] not in allowed:
+        if key.startswith(prefix) and config[key] is not None and config[key] not in allowed:
             _fail(key, config[key], f"choose one of {', '.join(allowed)}")
 
 
-def _ranges(config: Config) -> None:
-    for key in keys(POSITIVE):
+def _ranges(config: Config, prefix: str = "") -> None:
+    """Of the keys that begin with the prefix."""
+    positive, not_negative, shares = (
+        [key for key in keys(table) if key.startswith(prefix)] for table in (POSITIVE, NOT_NEGATIVE, SHARES)
+    )
+    for key in positive:
         if config[key] is not None and not config[key] > 0:
             _fail(key, config[key], WHY.get(key, "it must be greater than 0"))
-    for key in keys(NOT_NEGATIVE):
+    for key in not_negative:
         if not config[key] >= 0:
             _fail(key, config[key], "it must not be negative")
-    for key in keys(SHARES):
+    for key in shares:
         if not 0 <= config[key] <= 1:
             _fail(key, config[key], "it must lie between 0 and 1")
-    if config.data.verify_records < -1:
-        _fail("data.verify_records", config.data.verify_records, "give a number of records, or -1 for all")
 
 
-def _model(config: Config) -> None:
-    model = config.model
+def _model(model: ModelConfig) -> None:
     groups, head_dim = model.n_groups or model.n_heads, model.head_dim or 0
     if model.n_heads % groups:
         near = max(g for g in range(1, model.n_heads + 1) if model.n_heads % g == 0 and g <= max(groups, 1))
@@ -147,16 +161,17 @@ def _model(config: Config) -> None:
             model.padded_vocab_size,
             f"it must be at least model.vocab_size = {model.vocab_size}",
         )
-    if model.max_positions is not None and model.max_positions < config.data.sequence_length:
-        _fail(
-            "data.sequence_length",
-            config.data.sequence_length,
-            f"the model has {model.max_positions} learned positions",
-        )
+    if model.position == "learned" and model.max_positions is None:
+        _fail("model.max_positions", None, "learned positions need their number")
 
 
 def _data_and_batch(config: Config) -> None:
     data, batch, vocab = config.data, config.batch, config.model.vocab_size
+    positions = config.model.max_positions
+    if positions is not None and positions < data.sequence_length:
+        _fail("data.sequence_length", data.sequence_length, f"the model has {positions} learned positions")
+    if data.verify_records < -1:
+        _fail("data.verify_records", data.verify_records, "give a number of records, or -1 for all")
     if not data.train:
         _fail("data.train", data.train, "name the files of training records")
     if data.top_k is not None and data.top_k > vocab:
@@ -238,9 +253,15 @@ def _schedule(config: Config) -> None:
 
 
 def _mesh(config: Config) -> None:
-    for axis in ("pipe", "fsdp", "tensor"):
+    for axis in ("pipe", "tensor"):
         size = getattr(config.mesh, axis)
         if size != 1:
-            _fail(f"mesh.{axis}", size, "this version splits the batch only (mesh.data); set it to 1")
+            _fail(
+                f"mesh.{axis}",
+                size,
+                "this version splits the batch and the state only (mesh.data, mesh.fsdp); set it to 1",
+            )
+    if config.mesh.fsdp < 1:
+        _fail("mesh.fsdp", config.mesh.fsdp, "give the number of shards of parameters and optimiser state, 1 for none")
     if config.mesh.data != -1 and config.mesh.data < 1:
         _fail("mesh.data", config.mesh.data, "give the number of devices, or -1 for all")

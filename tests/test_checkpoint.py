@@ -1,6 +1,7 @@
 """Model directories: written, read, and what is told when they are not what they should be."""
 
 import dataclasses
+import threading
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import toy
 
 from kdjax import config as configs
+from kdjax import metrics
 from kdjax.checkpoint import RunCheckpoints, adopt_architecture, load_model, load_params, read_model_config, save_model
 from kdjax.config import ModelConfig
 from kdjax.leaves import open_leaves
@@ -67,6 +69,36 @@ def test_training_starts_from_it(saved: Path, tmp_path: Path) -> None:
     toy_config = toy.config(tmp_path, model__init_from=str(saved), optim__lr=1e-12, optim__min_lr=0.0)
     outcome = run(configs.replace(toy_config, train__steps=3), tmp_path / "run", devices=jax.devices()[:1])
     np.testing.assert_allclose(outcome.state.params["embed"], init_params(MODEL, 0)["embed"], atol=1e-9)
+
+
+def test_any_split_of_the_state_goes_on_from_any_other(tmp_path: Path) -> None:
+    """From shards over two of four devices to one device, and the other way round."""
+    from kdjax.train import run
+
+    base = configs.replace(toy.config(tmp_path), train__steps=4, train__save_every=2, train__val_every=2)
+
+    def losses(workdir: Path, *stages: tuple[int, int, int]) -> list[float]:
+        for steps, devices, fsdp in stages:
+            config = configs.replace(base, mesh__data=-1, mesh__fsdp=fsdp, batch__microbatch_size=1)
+            stop = threading.Event() if steps == 4 else AfterSteps(steps)
+            run(config, workdir, stop=stop, devices=jax.devices()[:devices])
+        return [line["loss"] for line in metrics.read(workdir, "train")]
+
+    expected = losses(tmp_path / "one", (4, 1, 1))
+    np.testing.assert_allclose(losses(tmp_path / "gather", (2, 4, 2), (4, 1, 1)), expected, rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "scatter", (2, 1, 1), (4, 4, 2)), expected, rtol=1e-5)
+
+
+class AfterSteps(threading.Event):
+    """Set once it has been asked so many times, which the loop does once a step."""
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self.left = steps
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
 
 
 def test_keeps_the_newest_and_the_best_by_the_chosen_metric(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The steps as pure functions: what the split may change (nothing) and what each knob must."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import toy
 
 from kdjax import mesh as meshes
-from kdjax.config import Config
+from kdjax.config import Config, MeshConfig
 from kdjax.data.dataset import open_dataset
 from kdjax.data.loader import eval_batches, train_batches
 from kdjax.losses import topk_kd_loss
@@ -34,12 +35,12 @@ def first_batch(config: Config) -> Batch:
     return next(train_batches(data, config.data, global_size=size, start_step=0, stop_step=1, rows=slice(0, size)))
 
 
-def mesh_of(devices: int) -> jax.sharding.Mesh:
-    return meshes.make_mesh(Config().mesh, jax.devices()[:devices])
+def mesh_of(devices: int, fsdp: int = 1) -> jax.sharding.Mesh:
+    return meshes.make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:devices])
 
 
-def one_step(config: Config, batch: Batch, devices: int = 1) -> tuple[TrainState, dict[str, float]]:
-    mesh = mesh_of(devices)
+def one_step(config: Config, batch: Batch, devices: int = 1, fsdp: int = 1) -> tuple[TrainState, dict[str, float]]:
+    mesh = mesh_of(devices, fsdp)
     state, metrics = make_train_step(config, mesh)(init_state(config, mesh), meshes.put_rows(mesh, batch))
     return state, {name: float(value) for name, value in metrics.items()}
 
@@ -70,8 +71,12 @@ def oracle(config: Config, batch: Batch) -> tuple[float, Any]:
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize(("devices", "microbatch"), [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)])
-def test_loss_and_update_whatever_the_split(config: Config, devices: int, microbatch: int) -> None:
+SPLITS = [(1, 1, 1), (1, 1, 2), (1, 1, 4), (1, 1, 8), (2, 1, 1), (2, 1, 4), (4, 1, 2), (8, 1, 1)]
+SPLITS += [(2, 2, 1), (4, 2, 2), (8, 4, 1), (8, 8, 1)]  # devices, shards of the state, rows of a microbatch
+
+
+@pytest.mark.parametrize(("devices", "fsdp", "microbatch"), SPLITS)
+def test_loss_and_update_whatever_the_split(config: Config, devices: int, fsdp: int, microbatch: int) -> None:
     """Rows carry unequal numbers of tokens, so only sums divided once can agree to 1e-6."""
     batch = first_batch(config)
     expected_loss, expected_gradient = oracle(config, batch)
@@ -90,7 +95,7 @@ def test_loss_and_update_whatever_the_split(config: Config, devices: int, microb
         },
     )
     before = init_params(config.model, jax.random.key(config.train.seed))
-    state, metrics = one_step(config, batch, devices)
+    state, metrics = one_step(config, batch, devices, fsdp)
     np.testing.assert_allclose(metrics["loss"], expected_loss, rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(expected_gradient), rtol=1e-6)
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected_gradient))
@@ -295,3 +300,36 @@ def test_gradients_are_reduced_once_a_step(config: Config) -> None:
     loops = [part for part in text.split("\n\n") if "region" in part.split("\n")[0] or "body" in part.split("\n")[0]]
     assert text.count(" all-reduce(") >= 1
     assert not any(" all-reduce(" in loop for loop in loops)
+
+
+def test_each_device_holds_its_shards_of_the_state(config: Config) -> None:
+    """Of everything with an axis that four divides, before and after a step; the moments as their parameters."""
+    config = changed(config, batch={"microbatch_size": 1})
+    mesh, batch = mesh_of(8, fsdp=4), first_batch(config)
+    state = init_state(config, mesh)
+    assert config.optim.name == "adamw"
+    for _ in range(2):
+        held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state))
+        whole = sum(leaf.size for leaf in jax.tree.leaves(state))
+        assert 0.25 * whole <= held < 0.27 * whole, (held, whole)
+        state, _ = make_train_step(config, mesh)(state, meshes.put_rows(mesh, batch))
+
+
+def test_parameters_are_gathered_once_a_step(config: Config) -> None:
+    """However many microbatches: no collective in the loop; gradients are scattered, not reduced whole."""
+    mesh = mesh_of(4, fsdp=4)
+    config = changed(config, batch={"microbatch_size": 1})
+    batch = meshes.put_rows(mesh, first_batch(config))
+    text = make_train_step(config, mesh).lower(init_state(config, mesh), batch).compile().as_text()
+    loops = [part for part in text.split("\n\n") if "region" in part.split("\n")[0] or "body" in part.split("\n")[0]]
+    assert loops
+    assert " all-gather(" in text
+    assert " reduce-scatter(" in text
+    for kind in (" all-gather(", " all-reduce(", " reduce-scatter("):
+        assert not any(kind in loop for loop in loops), kind
+    sizes = [
+        int(np.prod([int(n) for n in shape.split(",") if n]))
+        for shape in re.findall(r"\[([\d,]*)\]\{?[\d,]*\}? all-reduce", text)
+    ]
+    largest = max(leaf.size for leaf in jax.tree.leaves(init_params(config.model, 0)))
+    assert max(sizes, default=0) < largest / 4

@@ -1,5 +1,6 @@
 """Every configuration that cannot work is refused with its key, its value and what would."""
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -7,7 +8,17 @@ import pytest
 from kdjax import config as configs
 from kdjax.config import Config
 from kdjax.types import UserError
-from kdjax.validate import CHOICES, NOT_NEGATIVE, POSITIVE, SHARES, keys, resolve, validate
+from kdjax.validate import (
+    CHOICES,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARES,
+    keys,
+    resolve,
+    resolve_model,
+    validate,
+    validate_model,
+)
 
 GOOD = resolve(
     configs.build(
@@ -121,13 +132,33 @@ def test_shares(key: str) -> None:
         ),
         ({"optim__constant_steps": 1000}, r"optim.constant_steps = 1000: .*at most 49"),
         ({"optim__warmup_steps": 50}, r"optim.warmup_steps = 50: .*at most 49"),
-        ({"mesh__pipe": 2}, r"mesh.pipe = 2: this version splits the batch only"),
+        ({"mesh__pipe": 2}, r"mesh.pipe = 2: this version splits the batch and the state only"),
+        ({"mesh__fsdp": 0}, r"mesh.fsdp = 0: give the number of shards .*, 1 for none"),
         ({"mesh__data": 0}, r"mesh.data = 0: give the number of devices, or -1"),
     ],
 )
 def test_what_cannot_work(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         validate(changed(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": "typo"}, r"model.norm = 'typo': choose one of rmsnorm"),
+        ({"layers": 0}, r"model.layers = 0: "),
+        ({"rope_fraction": 1.5}, r"model.rope_fraction = 1.5: it must lie between 0 and 1"),
+        ({"n_groups": 3}, r"model.n_groups = 3: it must divide model.n_heads = 4"),
+        ({"position": "learned", "max_positions": None}, r"model.max_positions = None: learned positions need"),
+    ],
+)
+def test_an_architecture_alone(changes: dict, message: str) -> None:
+    """Without the rest of a configuration, whose defaults would not do."""
+    validate_model(GOOD.model)
+    with pytest.raises(UserError):
+        validate(Config(model=GOOD.model))
+    with pytest.raises(UserError, match=message):
+        validate_model(resolve_model(dataclasses.replace(GOOD.model, **changes)))
 
 
 def test_weights_and_biases_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
