@@ -12,8 +12,10 @@ from kdjax.config import Config, build, describe
 from kdjax.types import UserError
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
-    """The arguments, and the configuration of `--config FILE` with its `--config.group.key=value` overrides."""
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, Callable[[], Config]]:
+    """The arguments, and what reads the configuration of `--config FILE` with its `--config.group.key=value`."""
     parser.add_argument(
         "--config",
         metavar="FILE.py",
@@ -24,7 +26,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
     parser.allow_abbrev = False
     parser.epilog = "any knob of the configuration, with its default:\n\n" + "\n".join(describe()).replace("%", "%%")
     arguments, rest = parser.parse_known_args(argv)
-    return arguments, build(load(Path(arguments.config)), overrides(rest))
+    return arguments, lambda: build(load(Path(arguments.config)), overrides(rest))
 
 
 def overrides(words: Sequence[str]) -> dict[str, str]:

@@ -14,6 +14,9 @@ from kdjax.types import UserError
 AXES = ("pipe", "data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the global batch is split over these
 
+VOCABULARY_AXES = ("tensor",)  # the head's rows are split over these
+
+WHOLE = -1  # in place of the axis along which a parameter is split over "tensor": along none
 REPLICATED = P()
 ROWS = P(BATCH_AXES)  # arrays whose leading axis is the batch
 
@@ -27,13 +30,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // given
     if -1 in sizes or int(np.prod(sizes)) != len(devices):
         asked = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
-        raise UserError(f"{asked} does not fit {len(devices)} devices; mesh.data=-1 uses them all")
+        fitting = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
+        raise UserError(
+            f"{asked} does not fit {len(devices)} devices; mesh.data=-1 uses them all, if the other sizes multiply to"
+            f" one of {fitting}"
+        )
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replicas(mesh: Mesh) -> int:
     """How many ways the global batch is split."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def shards(mesh: Mesh) -> int:
+    """How many devices each layer and the vocabulary are split over."""
+    return mesh.shape["tensor"]
 
 
 def check_split(mesh: Mesh, batch: BatchConfig) -> None:
@@ -83,20 +95,23 @@ def sum_over_batch_axes(tree: Any) -> Any:
     return jax.lax.psum(tree, BATCH_AXES)
 
 
-def param_specs(mesh: Mesh, shapes: Any) -> Any:
-    """How each parameter is split over "fsdp", and with it what the optimiser keeps of it.
+def param_specs(mesh: Mesh, shapes: Any, tensor_axes: Any) -> Any:
+    """How each parameter is split, and with it what the optimiser keeps of it.
 
-    Along its longest axis that divides; what has none lies whole on every device.
+    Over "tensor" along the axis that `tensor_axes` has for it, if it has one; over "fsdp" along the longest other axis
+    that divides. What has none lies whole on every device.
     """
 
-    def spec(leaf: jax.ShapeDtypeStruct) -> P:
-        divide = [axis for axis, size in enumerate(leaf.shape) if size % mesh.shape["fsdp"] == 0]
-        if mesh.shape["fsdp"] == 1 or not divide:
-            return REPLICATED
-        axis = max(divide, key=lambda axis: leaf.shape[axis])
-        return P(*[None] * axis, "fsdp")
+    def spec(leaf: jax.ShapeDtypeStruct, tensor_axis: int) -> P:
+        axes: list[str | None] = [None] * len(leaf.shape)
+        if mesh.shape["tensor"] > 1 and tensor_axis != WHOLE:
+            axes[tensor_axis] = "tensor"
+        divide = [i for i, size in enumerate(leaf.shape) if axes[i] is None and size % mesh.shape["fsdp"] == 0]
+        if mesh.shape["fsdp"] > 1 and divide:
+            axes[max(divide, key=lambda i: leaf.shape[i])] = "fsdp"
+        return P(*axes)
 
-    return jax.tree.map(spec, shapes)
+    return jax.tree.map(spec, shapes, tensor_axes)
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
@@ -132,4 +147,27 @@ def _is_spec(x: Any) -> bool:
 
 
 def _split_axis(spec: P) -> int | None:
-    return next((axis for axis, name in enumerate(spec) if name is not None), None)
+    return next((axis for axis, name in enumerate(spec) if name == "fsdp"), None)
+
+
+@jax.custom_vjp
+def to_shards(x: jax.Array) -> jax.Array:
+    """What every shard of a layer reads: its cotangent is the sum over "tensor" of theirs; only inside `per_device`."""
+    return x
+
+
+to_shards.defvjp(lambda x: (x, None), lambda _, ct: (jax.lax.psum(ct, "tensor"),))
+
+
+@jax.custom_vjp
+def sum_of_shards(x: jax.Array) -> jax.Array:
+    """The sum over "tensor" of what the shards of a layer made of their parts; only inside `per_device`."""
+    return jax.lax.psum(x, "tensor")
+
+
+sum_of_shards.defvjp(lambda x: (sum_of_shards(x), None), lambda _, ct: (ct,))
+
+
+def shard_index() -> jax.Array:
+    """Which shard of a layer this device holds; only inside `per_device`."""
+    return jax.lax.axis_index("tensor")

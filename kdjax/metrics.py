@@ -58,6 +58,19 @@ class MetricLog:
             self._wandb.finish()
 
 
+class NoLog:
+    """Of a process that leaves writing to another: what both would write is the same."""
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        pass
+
+    def lines(self, split: str) -> list[dict[str, Any]]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
 def read(workdir: Path, split: str | None = None) -> list[dict[str, Any]]:
     """The lines of RUN/metrics.jsonl, oldest first; one split or all."""
     lines = [json.loads(line) for line in _lines(workdir / "metrics.jsonl")]
@@ -81,7 +94,7 @@ class Recorder:
     A step's time runs from one fetch to the next; `pause` leaves out what is not training.
     """
 
-    def __init__(self, log_to: MetricLog, progress: "Progress", log_every: int, max_skipped_steps: int):
+    def __init__(self, log_to: MetricLog | NoLog, progress: "Progress", log_every: int, max_skipped_steps: int):
         self._log, self._progress = log_to, progress
         self._log_every, self._max_skipped = log_every, max_skipped_steps
         self._pending: tuple[int, Mapping[str, Any]] | None = None

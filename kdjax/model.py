@@ -4,8 +4,13 @@ The layers are stacked: each of their parameters is one array with a leading axi
 over it. So compile time does not grow with depth, and a pipeline can cut the stack where it likes.
 Training holds the parameters as a plain nested dict (`init_params`) and binds them to the module (`bind`) inside
 the jitted step.
+
+Split over S devices (Megatron's tensor parallelism, arXiv:1909.08053), each binds its part of the heads, of the MLP's
+width and of the vocabulary (`tensor_axes`, `shard_config`). Between the parts stand two sums, `to_shards` backward
+and `sum_of_shards` forward; the residual stream is whole everywhere.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -17,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kdjax.config import ModelConfig
+from kdjax.mesh import WHOLE, shard_index, sum_of_shards, to_shards
 
 log = logging.getLogger("kdjax")
 Params = dict[str, Any]
@@ -32,8 +38,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Norm(nnx.Module):
     """LayerNorm, LayerNorm with zero-centred scale ("1p", Megatron) or RMSNorm, in float32 over the last axis."""
 
-    def __init__(self, shape: tuple[int, ...], kind: str, eps: float, dtype: jnp.dtype):
+    def __init__(self, shape: tuple[int, ...], kind: str, eps: float, dtype: jnp.dtype, of_shards: bool = False):
         self.kind, self.eps = kind, eps
+        self.of_shards = of_shards  # whether each shard norms other vectors with the one scale
         first = jnp.zeros if kind == "layernorm_1p" else jnp.ones
         self.scale = nnx.Param(first(shape, dtype))
         self.bias = None if kind == "rmsnorm" else nnx.Param(jnp.zeros(shape, dtype))
@@ -44,6 +51,7 @@ class Norm(nnx.Module):
             x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         scale = self.scale[...].astype(jnp.float32)
+        scale = to_shards(scale) if self.of_shards else scale
         x32 = x32 * (1 + scale if self.kind == "layernorm_1p" else scale)
         if self.bias is not None:
             x32 = x32 + self.bias[...].astype(jnp.float32)
@@ -60,21 +68,23 @@ class Linear(nnx.Module):
         bias_shape: tuple[int, ...] | None,
         std: float,
         init: "Init",
+        sum_shards: bool = False,
     ):
-        self.einsum, self.dtype = einsum, init.dtype
+        self.einsum, self.dtype, self.sum_shards = einsum, init.dtype, sum_shards
         self.kernel = nnx.Param(init.normal(shape, std))
         self.bias = None if bias_shape is None else nnx.Param(init.zeros(bias_shape))
 
     def __call__(self, x: Array) -> Array:
         y = jnp.einsum(self.einsum, x, self.kernel[...].astype(self.dtype))
+        y = sum_of_shards(y) if self.sum_shards else y
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class Init:
     """Draws the initial arrays of a stack of layers: every shape gets the leading axis L."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.rngs, self.layers = rngs, config.layers
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, shards: int):
+        self.rngs, self.layers, self.split = rngs, config.layers, shards > 1
         self.dtype, self.param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
 
     def normal(self, shape: tuple[int, ...], std: float) -> Array:
@@ -94,8 +104,8 @@ class Attention(nnx.Module):
         self.q = Linear("BTD,DNH->BTNH", (D, N, H), (N, H) if qkv_bias else None, config.init_std, init)
         self.k = Linear("BSD,DGH->BSGH", (D, G, H), (G, H) if qkv_bias else None, config.init_std, init)
         self.v = Linear("BSD,DGH->BSGH", (D, G, H), (G, H) if qkv_bias else None, config.init_std, init)
-        self.o = Linear("BTNH,NHD->BTD", (N, H, D), (D,) if config.bias else None, output_std(config), init)
-        norm = functools.partial(Norm, (config.layers, H), "rmsnorm", config.norm_eps, init.param_dtype)
+        self.o = Linear("BTNH,NHD->BTD", (N, H, D), (D,) if config.bias else None, output_std(config), init, init.split)
+        norm = functools.partial(Norm, (config.layers, H), "rmsnorm", config.norm_eps, init.param_dtype, init.split)
         self.q_norm = norm() if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm else None
 
@@ -136,7 +146,8 @@ class MLP(nnx.Module):
         self.up = Linear("BTD,DF->BTF", (D, F), bias, config.init_std, init)
         gated = config.activation == "swiglu"
         self.gate = Linear("BTD,DF->BTF", (D, F), bias, config.init_std, init) if gated else None
-        self.down = Linear("BTF,FD->BTD", (F, D), (D,) if config.bias else None, output_std(config), init)
+        bias = (D,) if config.bias else None
+        self.down = Linear("BTF,FD->BTD", (F, D), bias, output_std(config), init, init.split)
 
     def __call__(self, x_BxTxD: Array) -> Array:
         activate = ACTIVATIONS[self.activation]
@@ -155,20 +166,24 @@ class Layer(nnx.Module):
         self.attn = Attention(config, init)
         self.mlp_norm = Norm(shape, config.norm, config.norm_eps, init.param_dtype)
         self.mlp = MLP(config, init)
+        self.enter = to_shards if init.split else lambda x: x
 
     def __call__(self, x_BxTxD: Array, positions_BxT: Array, segment_ids_BxT: Array | None) -> Array:
-        x_BxTxD = x_BxTxD + self.attn(self.attn_norm(x_BxTxD), positions_BxT, segment_ids_BxT)
-        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+        x_BxTxD = x_BxTxD + self.attn(self.enter(self.attn_norm(x_BxTxD)), positions_BxT, segment_ids_BxT)
+        return x_BxTxD + self.mlp(self.enter(self.mlp_norm(x_BxTxD)))
 
 
 class GPT(nnx.Module):
-    """Tokens to logits. `hidden` stops before the unembedding, which the fused loss applies itself."""
+    """Tokens to logits. `hidden` stops before the unembedding, which the fused loss applies itself.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        init = Init(config, rngs)
+    With `shards` > 1 this is one of so many parts, of a `shard_config`, and `hidden` is all that it can do.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, shards: int = 1):
+        init = Init(config, rngs, shards)
         V, D = config.padded_vocab_size or config.vocab_size, config.d_model
         draw = functools.partial(jax.random.normal, dtype=init.param_dtype)
-        self.config = config
+        self.config, self.split = config, init.split
         self.embed = nnx.Param(config.init_std * draw(rngs.params(), (V, D)))
         table = (config.max_positions or 0, D)
         learned = config.position == "learned"
@@ -197,7 +212,7 @@ class GPT(nnx.Module):
         """The residual stream after the last norm, in `config.dtype`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        x_BxTxD = self.embed[...][tokens]
+        x_BxTxD = self._embedded(tokens)
         if self.positions is not None:
             x_BxTxD = x_BxTxD + self.positions[...][positions]
         graph, stacked = nnx.split(self.layers)
@@ -209,6 +224,14 @@ class GPT(nnx.Module):
             rematerialise(one_layer, self.config.remat), x_BxTxD.astype(self.config.dtype), stacked
         )
         return self.final_norm(x_BxTxD)
+
+    def _embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        embed_VxD = self.embed[...]
+        if not self.split:
+            return embed_VxD[tokens]
+        rows = tokens - shard_index() * embed_VxD.shape[0]
+        here = (rows >= 0) & (rows < embed_VxD.shape[0])
+        return sum_of_shards(jnp.where(here[..., None], embed_VxD[jnp.where(here, rows, 0)], 0))
 
     def unembedding(self) -> Float[Array, "V D"]:
         """The output matrix with its padded rows, in the parameters' dtype."""
@@ -272,8 +295,8 @@ def attention_implementation(config: ModelConfig) -> str:
 
 
 @functools.cache
-def _skeleton(config: ModelConfig) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))), nnx.Param)
+def _skeleton(config: ModelConfig, shards: int = 1) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), shards=shards)), nnx.Param)
 
 
 def param_shapes(config: ModelConfig) -> Params:
@@ -286,9 +309,44 @@ def init_params(config: ModelConfig, key: jax.Array | int) -> Params:
     return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key)), nnx.Param))
 
 
-def bind(config: ModelConfig, params: Params) -> GPT:
-    """The module over these parameters."""
-    graph, shapes = _skeleton(config)
+# The axis of each stacked parameter (L is axis 0) that is split over the shards of a layer.
+_TENSOR_AXES = {
+    **{f"attn/{name}/kernel": 2 for name in "qkv"},
+    **{f"attn/{name}/bias": 1 for name in "qkv"},
+    "attn/o/kernel": 1,
+    **{f"mlp/{name}/kernel": 2 for name in ("up", "gate")},
+    **{f"mlp/{name}/bias": 1 for name in ("up", "gate")},
+    "mlp/down/kernel": 1,
+}
+
+
+def tensor_axes(config: ModelConfig) -> dict[str, Any]:
+    """For each parameter the axis of heads, of the MLP's width or of the vocabulary; `mesh.WHOLE` where it has none."""
+
+    def axis(path: Any, _: Any) -> int:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in ("embed", "unembed"):
+            return 0
+        return _TENSOR_AXES.get(name.removeprefix("layers/"), WHOLE)
+
+    return jax.tree_util.tree_map_with_path(axis, param_shapes(config))
+
+
+def shard_config(config: ModelConfig, shards: int) -> ModelConfig:
+    """The architecture of one of so many parts; `validate` has seen to it that they divide."""
+    return dataclasses.replace(
+        config,
+        n_heads=config.n_heads // shards,
+        n_groups=(config.n_groups or config.n_heads) // shards,
+        head_dim=head_dim(config),
+        d_ff=config.d_ff // shards,
+        padded_vocab_size=(config.padded_vocab_size or config.vocab_size) // shards,
+    )
+
+
+def bind(config: ModelConfig, params: Params, shards: int = 1) -> GPT:
+    """The module over these parameters; with `shards` > 1, one device's part of them, inside `mesh.per_device`."""
+    graph, shapes = _skeleton(shard_config(config, shards) if shards > 1 else config, shards)
     state = jax.tree.map(lambda x: x, shapes)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)

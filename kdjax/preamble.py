@@ -49,10 +49,13 @@ def _sizes(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset) -> str:
     leaves = jax.tree.leaves(param_shapes(config.model))
     count = sum(int(np.prod(leaf.shape)) for leaf in leaves)
     moments = {"adamw": 2, "lion": 1, "sgd": 1}[config.optim.name]
-    state = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves) + 4 * count * (moments + 1)
+    params = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    # Shards of the parameters and the moments; the gradients and, gathered, the parameters of its layers whole.
+    shards, parts = config.mesh.fsdp, config.mesh.tensor
+    state = ((params + 4 * count * moments) // shards + 4 * count + (params if shards > 1 else 0)) // parts
     T, K = config.data.sequence_length, train_set.top_k
     batch = config.batch.global_size * T * (8 * K + 16)
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     stats = device.memory_stats() or {}
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     have = stats.get("bytes_limit", host // len(mesh.local_devices))
@@ -61,7 +64,7 @@ def _sizes(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset) -> str:
             f"parameters, gradients and optimiser state take {state / GIB:.1f} GiB ({count:,} parameters) and {device} "
             f"has {have / GIB:.1f} GiB; a smaller model, or a device with more memory"
         )
-    if batch * (config.data.prefetch + 1) > host:
+    if batch // jax.process_count() * (config.data.prefetch + 1) > host:
         raise UserError(
             f"batch.global_size {config.batch.global_size} x data.sequence_length {T} x {K} teacher entries take "
             f"{batch / GIB:.1f} GiB a batch, {config.data.prefetch + 1} at once; the host has {host / GIB:.1f}; lower "
@@ -71,6 +74,7 @@ def _sizes(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset) -> str:
     return (
         f"{count:,} parameters; {state / GIB:.2f} GiB of parameters, gradients and optimiser state on each device; "
         f"{batch / 2**20:.1f} MiB a global batch; {mesh.size} x {device.device_kind} ({shape})"
+        + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
     )
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from kdjax import mesh as meshes
 from kdjax.config import Config
 from kdjax.losses import LossSums, linear_topk_kd_loss
-from kdjax.model import Params, bind, init_params, param_shapes
+from kdjax.model import Params, bind, init_params, param_shapes, tensor_axes
 from kdjax.optim import optimizer, schedule
 from kdjax.types import Batch, SumCount
 
@@ -62,9 +62,24 @@ def state_shardings(config: Config, mesh: Mesh) -> Any:
     return TrainState(cast(Any, whole), params, opt_state)
 
 
+def abstract_state(config: Config, mesh: Mesh) -> Any:
+    """A state's shapes and where they lie, to compile with."""
+
+    def shape(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    params = param_shapes(config.model)
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.eval_shape(optimizer(config.optim).init, params))
+    return jax.tree.map(shape, state, state_shardings(config, mesh))
+
+
 def param_shardings(config: Config, mesh: Mesh) -> Params:
     """Where each parameter lies."""
-    return meshes.shardings(mesh, meshes.param_specs(mesh, param_shapes(config.model)))
+    return meshes.shardings(mesh, _specs(config, mesh))
+
+
+def _specs(config: Config, mesh: Mesh) -> Any:
+    return meshes.param_specs(mesh, param_shapes(config.model), tensor_axes(config.model))
 
 
 def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -74,12 +89,12 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
     and reports `skipped` = 1. The state is donated.
     """
     tx, rate = optimizer(config.optim), schedule(config.optim, config.train.steps)
-    specs = meshes.param_specs(mesh, param_shapes(config.model))
+    specs = _specs(config, mesh)
 
     def gradient(params: Params, batch: Batch) -> tuple[Params, Sums]:
         params = meshes.gather_params(params, specs)
         microbatches = _split(batch, config.batch.microbatch_size)
-        differentiate = jax.grad(functools.partial(_objective, config), has_aux=True)
+        differentiate = jax.grad(functools.partial(_objective, config, mesh), has_aux=True)
         grads, sums = _scan_sum(functools.partial(differentiate, params), microbatches)
         return meshes.sum_to_shards(grads, specs), meshes.sum_over_batch_axes(sums)
 
@@ -114,10 +129,10 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], Sums
     Both terms are measured whatever their weights, and always as means over tokens.
     """
     weights = config.loss.kd_loss_weight, config.loss.sft_loss_weight
-    specs = meshes.param_specs(mesh, param_shapes(config.model))
+    specs = _specs(config, mesh)
 
     def one(params: Params, microbatch: Batch) -> Sums:
-        sums = _loss_sums(config, params, microbatch, (1.0, 1.0))
+        sums = _loss_sums(config, mesh, params, microbatch, (1.0, 1.0))
         sums = sums._replace(loss=weights[0] * sums.kd_loss + weights[1] * sums.sft_loss)
         return _by_token(config, sums, microbatch)
 
@@ -129,9 +144,9 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], Sums
     return jax.jit(meshes.per_device(evaluate, mesh, (specs, meshes.ROWS), meshes.REPLICATED))
 
 
-def _objective(config: Config, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
+def _objective(config: Config, mesh: Mesh, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
     """A microbatch's share of what is minimised, before the one division by the summed count of "loss"."""
-    sums = _loss_sums(config, params, batch, (config.loss.kd_loss_weight, config.loss.sft_loss_weight))
+    sums = _loss_sums(config, mesh, params, batch, (config.loss.kd_loss_weight, config.loss.sft_loss_weight))
     metrics = _by_token(config, sums, batch)
     if config.loss.reduction == "nemo":  # every microbatch counts as one, however many tokens it holds
         for name in ("loss", "kd_loss", "sft_loss"):
@@ -139,8 +154,9 @@ def _objective(config: Config, params: Params, batch: Batch) -> tuple[jax.Array,
     return metrics["loss"].sum, metrics
 
 
-def _loss_sums(config: Config, params: Params, batch: Batch, weights: tuple[float, float]) -> LossSums:
-    model, loss = bind(config.model, params), config.loss
+def _loss_sums(config: Config, mesh: Mesh, params: Params, batch: Batch, weights: tuple[float, float]) -> LossSums:
+    loss, shards = config.loss, meshes.shards(mesh)
+    model = bind(config.model, params, shards)
     # Validation measures what K rows cannot tell; the choice for it is open then.
     implementation = None if loss.implementation == "gathered" and weights[1] != 0 else loss.implementation
     hidden_BxTxD = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
@@ -160,6 +176,7 @@ def _loss_sums(config: Config, params: Params, batch: Batch, weights: tuple[floa
         tail=loss.tail,
         log_sum_exp_logits=batch.log_sum_exp_logits,
         jsd_beta=loss.jsd_beta,
+        axis_name=meshes.VOCABULARY_AXES if shards > 1 else None,
         vocab_size=None if loss.include_vocab_padding else config.model.vocab_size,
         implementation=implementation,
     )

@@ -17,7 +17,7 @@ from types import FrameType
 
 import jax
 
-from kdjax import cli, metrics, preamble, rundir
+from kdjax import cli, metrics, preamble, processes, rundir
 from kdjax import config as configs
 from kdjax import mesh as meshes
 from kdjax.checkpoint import RunCheckpoints, adopt_architecture, load_params
@@ -25,7 +25,7 @@ from kdjax.config import Config, DataConfig
 from kdjax.data.dataset import Dataset, open_dataset
 from kdjax.data.loader import eval_batches, train_batches
 from kdjax.model import Params
-from kdjax.step import Sums, TrainState, init_state, make_eval_step, make_train_step
+from kdjax.step import Sums, TrainState, init_state, make_eval_step, make_train_step, param_shardings
 from kdjax.types import Batch
 from kdjax.validate import resolve, validate
 
@@ -47,30 +47,38 @@ def run(
     stop: threading.Event | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Outcome:
-    """Trains on `devices` (default: all) to the last step, or until `stop` is set; saves, and returns.
+    """Trains on `devices` (default: all, of all processes) to the last step, or until `stop` is set; saves, returns.
 
     Raises UserError for whatever in the configuration, the records or the run directory cannot work, before the first
     step where that is possible.
     """
     config = resolve(adopt_architecture(config))
     validate(config)
-    rundir.claim(workdir, config)
+    if processes.is_first():
+        rundir.claim(workdir, config)
     mesh = meshes.make_mesh(config.mesh, devices)
     preamble.check_devices(config, mesh)
     train_set = _open(config, config.data, config.data.train)
     any_chunks = dataclasses.replace(config.data, n_chunks=None, n_examples_per_chunk=None)
     val_set = _open(config, any_chunks, config.data.val) if config.data.val else None
+    processes.require_same(
+        {
+            "the configuration": configs.to_json(config),
+            "the training records": train_set.fingerprint,
+            "the validation records": val_set.fingerprint if val_set else "",
+        }
+    )
     preamble.tell(config, mesh, train_set, val_set)
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(RunCheckpoints(workdir, config)))
         state = _first_state(config, mesh, checkpoints, train_set.fingerprint)
         start = int(state.step)
-        log_to = metrics.MetricLog(workdir, start, config.train.wandb_project, configs.flatten(config))
+        log_to = _open_log(config, workdir, start)
         stack.enter_context(contextlib.closing(log_to))
         progress = stack.enter_context(contextlib.closing(metrics.Progress(config.train.steps, start)))
         trainer = Trainer(config, mesh, train_set, val_set, checkpoints, log_to, progress)
-        return trainer.run(state, stop or threading.Event())
+        return trainer.run(state, processes.SharedStop(stop or threading.Event()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +90,10 @@ class Trainer:
     train_set: Dataset
     val_set: Dataset | None
     checkpoints: RunCheckpoints
-    log_to: metrics.MetricLog
+    log_to: metrics.MetricLog | metrics.NoLog
     progress: metrics.Progress
 
-    def run(self, state: TrainState, stop: threading.Event) -> Outcome:
+    def run(self, state: TrainState, stop: processes.SharedStop) -> Outcome:
         """From the state's step to the last; the metrics of a step are fetched while the next one runs."""
         train, start, ended, validation = self.config.train, int(state.step), "complete", None
         train_step = make_train_step(self.config, self.mesh)
@@ -104,7 +112,7 @@ class Trainer:
                 recorder.flush()
                 validation = self.validate(done, state.params)
                 ended = "stopped early" if self.has_stalled() else ended
-            if stop.is_set() and not last:
+            if stop.after(step) and not last:
                 ended = "interrupted"
             saves = last or done % train.save_every == 0 or ended != "complete"
             if saves:
@@ -160,7 +168,8 @@ class Trainer:
         if patience is None:
             return False
         history = [line[self.config.checkpoint.best_metric] for line in self.log_to.lines("val")]
-        return len(history) > patience and min(history[-patience:]) >= min(history[:-patience])
+        has_stalled = len(history) > patience and min(history[-patience:]) >= min(history[:-patience])
+        return processes.from_first(has_stalled)
 
 
 def _open(config: Config, data: DataConfig, paths: tuple[str, ...]) -> Dataset:
@@ -177,12 +186,19 @@ def _open(config: Config, data: DataConfig, paths: tuple[str, ...]) -> Dataset:
     )
 
 
+def _open_log(config: Config, workdir: Path, step: int) -> metrics.MetricLog | metrics.NoLog:
+    """Where process 0 writes what all know."""
+    if not processes.is_first():
+        return metrics.NoLog()
+    return metrics.MetricLog(workdir, step, config.train.wandb_project, configs.flatten(config))
+
+
 def _first_state(config: Config, mesh: jax.sharding.Mesh, checkpoints: RunCheckpoints, data: str) -> TrainState:
     """The run's newest checkpoint; else model.init_from; else freshly drawn."""
     params = None
     model = config.model
     if model.init_from is not None and checkpoints.latest_step() is None:
-        params = load_params(model.init_from, model, meshes.replicated(mesh), model.keep_layers)
+        params = load_params(model.init_from, model, param_shardings(config, mesh), model.keep_layers)
     state = init_state(config, mesh, params)
     restored = checkpoints.restore(state)
     if restored is None:
@@ -194,10 +210,11 @@ def _first_state(config: Config, mesh: jax.sharding.Mesh, checkpoints: RunCheckp
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Ctrl-C or SIGTERM once: finish the step, save, leave with 130; twice: leave at once."""
+    """The command line. Ctrl-C or SIGTERM to any process: finish the step, save, leave with 130; twice: at once."""
     parser = argparse.ArgumentParser(prog="python -m kdjax.train", description=__doc__)
     parser.add_argument("--workdir", metavar="RUN", type=Path, required=True, help="directory of this run")
-    arguments, config = cli.parse(parser, argv)
+    processes.add_flags(parser)
+    arguments, configuration = cli.parse(parser, argv)
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -208,13 +225,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    outcome = run(config, arguments.workdir, stop)
-    step, steps = int(outcome.state.step), config.train.steps
-    print(f"{outcome.ended} after step {step}/{steps}; metrics and checkpoints are in {arguments.workdir}")
-    if outcome.ended == "interrupted":
-        print("the same command takes it up again")
-        return 130
-    return 0
+    with processes.together(processes.find_place(arguments), arguments.heartbeat):
+        config = configuration()
+        outcome = run(config, arguments.workdir, stop)
+        step, steps = int(outcome.state.step), config.train.steps
+        print(f"{outcome.ended} after step {step}/{steps}; metrics and checkpoints are in {arguments.workdir}")
+        if outcome.ended == "interrupted":
+            print("the same command takes it up again")
+    return 130 if outcome.ended == "interrupted" else 0
 
 
 if __name__ == "__main__":

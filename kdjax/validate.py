@@ -252,14 +252,25 @@ def _schedule(config: Config) -> None:
         )
 
 
+def _largest(size: int, below: int) -> int:
+    """The largest number up to `below` that divides `size`."""
+    return next(n for n in range(below, 0, -1) if size % n == 0)
+
+
 def _mesh(config: Config) -> None:
-    for axis in ("pipe", "tensor"):
-        size = getattr(config.mesh, axis)
-        if size != 1:
+    if config.mesh.pipe != 1:
+        _fail("mesh.pipe", config.mesh.pipe, "this version has no pipeline; set it to 1, and mesh.tensor or mesh.fsdp")
+    model, tensor = config.model, config.mesh.tensor
+    if tensor < 1:
+        _fail("mesh.tensor", tensor, "give the number of devices a layer is split over, 1 for none")
+    for name in ("n_heads", "n_groups", "d_ff", "padded_vocab_size"):
+        size = getattr(model, name)
+        if size % tensor:
+            near = -(-size // tensor) * tensor
             _fail(
-                f"mesh.{axis}",
-                size,
-                "this version splits the batch and the state only (mesh.data, mesh.fsdp); set it to 1",
+                "mesh.tensor",
+                tensor,
+                f"it must divide model.{name} = {size}; {_largest(size, tensor)} does, or {near} of those",
             )
     if config.mesh.fsdp < 1:
         _fail("mesh.fsdp", config.mesh.fsdp, "give the number of shards of parameters and optimiser state, 1 for none")

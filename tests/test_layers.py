@@ -20,8 +20,10 @@ LAYERS = {
     "kdjax.optim": 1,
     "kdjax.metrics": 1,
     "kdjax.flops": 1,
+    "kdjax.hlo": 1,
     "kdjax.targets": 1,
     "kdjax.leaves": 1,
+    "kdjax.processes": 1,
     "kdjax.model": 2,
     "kdjax.step": 3,
     "kdjax.checkpoint": 3,
@@ -29,7 +31,9 @@ LAYERS = {
     "kdjax.cli": 4,
     "kdjax.preamble": 4,
     "kdjax.convert": 4,
+    "kdjax.launch": 5,
     "kdjax.train": 5,
+    "kdjax.plan": 5,
 }
 # Within a layer, who may import whom; a subpackage may always import itself.
 SIDEWAYS = {

@@ -36,7 +36,7 @@ def history(variant: str, setting: str, workdir: Path, **changes: Any) -> list[d
         mesh__data=1,
     )
     devices = changes.pop("devices", 1)
-    config = configs.replace(config, mesh__data=devices, **changes)
+    config = configs.replace(config, mesh__data=-1, **changes)
     run(config, workdir / "run", devices=jax.devices()[:devices])
     return metrics.read(workdir / "run", "train")
 
@@ -60,3 +60,11 @@ def test_token_reduction_whatever_the_split(devices: int, microbatch_size: int, 
     golden = megatron.trajectory("llamaish")["runs"]["token_fwd"]["history"]
     found = history("llamaish", "token_fwd", tmp_path, devices=devices, batch__microbatch_size=microbatch_size)
     assert_same(found, golden)
+
+
+@pytest.mark.parametrize("variant", megatron.VARIANTS)
+def test_on_a_mesh(variant: str, tmp_path: Path) -> None:
+    """Rows, state and layers split in two each."""
+    golden = megatron.trajectory(variant)["runs"]["token_fwd"]["history"]
+    split = {"mesh__fsdp": 2, "mesh__tensor": 2, "batch__microbatch_size": 2}
+    assert_same(history(variant, "token_fwd", tmp_path, devices=8, **split), golden)

@@ -35,12 +35,12 @@ def first_batch(config: Config) -> Batch:
     return next(train_batches(data, config.data, global_size=size, start_step=0, stop_step=1, rows=slice(0, size)))
 
 
-def mesh_of(devices: int, fsdp: int = 1) -> jax.sharding.Mesh:
-    return meshes.make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:devices])
+def mesh_of(devices: int, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+    return meshes.make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), jax.devices()[:devices])
 
 
-def one_step(config: Config, batch: Batch, devices: int = 1, fsdp: int = 1) -> tuple[TrainState, dict[str, float]]:
-    mesh = mesh_of(devices, fsdp)
+def one_step(config: Config, batch: Batch, *mesh_sizes: int) -> tuple[TrainState, dict[str, float]]:
+    mesh = mesh_of(*(mesh_sizes or (1,)))
     state, metrics = make_train_step(config, mesh)(init_state(config, mesh), meshes.put_rows(mesh, batch))
     return state, {name: float(value) for name, value in metrics.items()}
 
@@ -71,13 +71,30 @@ def oracle(config: Config, batch: Batch) -> tuple[float, Any]:
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-SPLITS = [(1, 1, 1), (1, 1, 2), (1, 1, 4), (1, 1, 8), (2, 1, 1), (2, 1, 4), (4, 1, 2), (8, 1, 1)]
-SPLITS += [(2, 2, 1), (4, 2, 2), (8, 4, 1), (8, 8, 1)]  # devices, shards of the state, rows of a microbatch
+# Devices, shards of the state, shards of a layer; and rows of a microbatch.
+DATA = [((1,), 1), ((1,), 2), ((1,), 4), ((1,), 8), ((2,), 1), ((2,), 4), ((4,), 2), ((8,), 1)]
+STATE = [((2, 2), 1), ((4, 2), 2), ((8, 4), 1), ((8, 8), 1)]
+TENSOR = [((2, 1, 2), 4), ((4, 2, 2), 1), ((8, 2, 2), 2), ((4, 1, 4), 8)]
+GPT2 = {"bias": True, "norm": "layernorm", "position": "learned", "max_positions": 12, "activation": "gelu"}
+QWEN = {"qk_norm": True, "qkv_bias": True, "tied": False}
+SPLITS = [
+    pytest.param(sizes, microbatch, architecture, id=f"{name}-{'x'.join(map(str, sizes))}-{microbatch}")
+    for name, architecture, splits in (
+        ("llama", {}, DATA + STATE + TENSOR),
+        ("gpt2", GPT2, TENSOR[1::2]),
+        ("qwen", QWEN, TENSOR[1::2]),
+    )
+    for sizes, microbatch in splits
+]
 
 
-@pytest.mark.parametrize(("devices", "fsdp", "microbatch"), SPLITS)
-def test_loss_and_update_whatever_the_split(config: Config, devices: int, fsdp: int, microbatch: int) -> None:
+@pytest.mark.parametrize(("mesh_sizes", "microbatch", "architecture"), SPLITS)
+def test_loss_and_update_whatever_the_split(
+    config: Config, mesh_sizes: tuple[int, ...], microbatch: int, architecture: dict[str, Any]
+) -> None:
     """Rows carry unequal numbers of tokens, so only sums divided once can agree to 1e-6."""
+    heads = {"n_heads": 8, "n_groups": 4, "head_dim": 4, "padded_vocab_size": 64}
+    config = changed(config, model=heads | architecture)
     batch = first_batch(config)
     expected_loss, expected_gradient = oracle(config, batch)
     # Plain descent with lr 1 and no clipping hands the gradient over as the difference of the parameters.
@@ -95,7 +112,7 @@ def test_loss_and_update_whatever_the_split(config: Config, devices: int, fsdp: 
         },
     )
     before = init_params(config.model, jax.random.key(config.train.seed))
-    state, metrics = one_step(config, batch, devices, fsdp)
+    state, metrics = one_step(config, batch, *mesh_sizes)
     np.testing.assert_allclose(metrics["loss"], expected_loss, rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(expected_gradient), rtol=1e-6)
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected_gradient))

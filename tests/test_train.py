@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import toy
+from toy import StopAfter
 
 from kdjax import config as configs
 from kdjax import metrics, train
@@ -35,18 +36,6 @@ def run(config: Config, workdir: Path, stop: threading.Event | None = None) -> O
 def told(workdir: Path) -> list[dict[str, Any]]:
     """All of metrics.jsonl but what the clock says."""
     return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read(workdir)]
-
-
-class StopAfter(threading.Event):
-    """Set from the moment it was asked `count` times: once a step."""
-
-    def __init__(self, count: int):
-        super().__init__()
-        self.left = count
-
-    def is_set(self) -> bool:
-        self.left -= 1
-        return self.left < 0
 
 
 @pytest.fixture(scope="module")

@@ -132,8 +132,14 @@ def test_shares(key: str) -> None:
         ),
         ({"optim__constant_steps": 1000}, r"optim.constant_steps = 1000: .*at most 49"),
         ({"optim__warmup_steps": 50}, r"optim.warmup_steps = 50: .*at most 49"),
-        ({"mesh__pipe": 2}, r"mesh.pipe = 2: this version splits the batch and the state only"),
+        ({"mesh__pipe": 2}, r"mesh.pipe = 2: this version has no pipeline"),
         ({"mesh__fsdp": 0}, r"mesh.fsdp = 0: give the number of shards .*, 1 for none"),
+        ({"mesh__tensor": 0}, r"mesh.tensor = 0: give the number of devices a layer is split over"),
+        ({"mesh__tensor": 3}, r"mesh.tensor = 3: it must divide model.n_heads = 4; 2 does, or 6 of those"),
+        (
+            {"mesh__tensor": 2, "model__vocab_size": 61, "model__padded_vocab_size": None},
+            r"mesh.tensor = 2: it must divide model.padded_vocab_size = 61; 1 does, or 62 of those",
+        ),
         ({"mesh__data": 0}, r"mesh.data = 0: give the number of devices, or -1"),
     ],
 )

@@ -1,6 +1,7 @@
 """A small distillation problem: seeded records of ragged lengths, and a configuration that learns from them."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,15 @@ def config(directory: Path, *, records: int = 22, val_records: int = 11, **chang
         }
     )
     return configs.replace(base, **changes)
+
+
+class StopAfter(threading.Event):
+    """Set from the moment it was asked `count` times: once a step."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.left = count
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left < 0

@@ -13,6 +13,7 @@ from kdjax import cli
 
 COMMANDS = {
     "from-megatron": "kdjax.convert.from_megatron",
+    "to-megatron": "kdjax.convert.to_megatron",
     "from-hf": "kdjax.convert.from_hf",
     "to-hf": "kdjax.convert.to_hf",
     "from-gguf": "kdjax.convert.from_gguf",

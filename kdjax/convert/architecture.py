@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdjax.checkpoint import FREE_KEYS
-from kdjax.config import BatchConfig, DataConfig, ModelConfig, TrainConfig, build
+from kdjax.config import ModelConfig, build
 from kdjax.types import UserError
-from kdjax.validate import resolve, validate
+from kdjax.validate import resolve_model, validate_model
 
 KEYS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in FREE_KEYS)
 NEEDED = ("layers", "d_model", "n_heads", "d_ff", "vocab_size")
@@ -45,18 +45,15 @@ def settle(stated: Mapping[str, Stated], words: Sequence[str]) -> tuple[ModelCon
     unstated = [key for key in NEEDED if key not in known and key not in overrides]
     if unstated:
         raise UserError(f"the checkpoint does not state {', '.join(unstated)}; give --arch {unstated[0]}=... and so on")
-    # The rest of a configuration, so that the one check of everything can judge the model in it.
-    data, train = DataConfig(train=("-",), sequence_length=1), TrainConfig(steps=10**9)
     try:
         built = build(
             {"model": {key: found.value for key, found in known.items()}},
             {f"model.{key}": text for key, text in overrides.items()},
         )
-        resolved = resolve(dataclasses.replace(built, data=data, batch=BatchConfig(1, 1), train=train))
-        validate(resolved)
+        model = resolve_model(built.model)
+        validate_model(model)
     except UserError as error:
         raise UserError(f"this architecture cannot be: {error}. State other values with --arch KEY=VALUE") from error
-    model = resolved.model
     origins = dict.fromkeys(KEYS, "default") | {key: found.by for key, found in known.items()}
     origins |= {key: f"--arch {key}={text}" for key, text in overrides.items()}
     return model, {key: Stated(getattr(model, key), by) for key, by in origins.items()}

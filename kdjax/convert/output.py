@@ -91,16 +91,20 @@ def architecture(config: ModelConfig) -> dict[str, Any]:
 
 def common_provenance(plan: Plan) -> dict[str, Any]:
     """What every conversion says of itself."""
-    try:
-        version = metadata.version("kdjax")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        version = "unknown"
     return {
-        "kdjax_version": version,
+        "kdjax_version": kdjax_version(),
         "vocab_size": plan.config.vocab_size,
         "padded_vocab_size": plan.config.padded_vocab_size,
         "skipped": dict(plan.skipped),
     }
+
+
+def kdjax_version() -> str:
+    """The installed version."""
+    try:
+        return metadata.version("kdjax")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "unknown"
 
 
 def refuse_existing(out: Path, force: bool, mark: str = MODEL_CONFIG) -> None:

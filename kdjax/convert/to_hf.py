@@ -8,36 +8,24 @@ that are no architecture come from the checkpoint that the model was converted o
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
-from kdjax.checkpoint import VOCABULARY_LEAVES, params_directory, read_model_config, run_config
+from kdjax.checkpoint import params_directory, read_model_config, run_config
 from kdjax.config import ModelConfig
+from kdjax.convert.export import DTYPES, Export, add_export_arguments
 from kdjax.convert.huggingface import files
-from kdjax.convert.huggingface.families import Family, choose, settings
-from kdjax.convert.huggingface.rules import in_file_order, rules
-from kdjax.convert.output import Progress, appearing, disk_errors, refuse_existing, refuse_full_disk
-from kdjax.convert.rules import Rule, leaf_shapes, names, source_shapes
-from kdjax.leaves import Leaf, open_leaves
+from kdjax.convert.huggingface.families import choose, settings
+from kdjax.convert.huggingface.rules import rules
+from kdjax.convert.output import appearing, disk_errors, refuse_existing, refuse_full_disk
+from kdjax.leaves import open_leaves
 from kdjax.types import UserError
-
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("model", metavar="IN", type=Path, help="model directory, run directory or step of a run")
-    parser.add_argument("out", metavar="OUT", type=Path, help="Hugging Face checkpoint to be written")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is such a checkpoint")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the tensors written; default: as stored")
+    add_export_arguments(parser, "Hugging Face checkpoint")
     parser.add_argument(
         "--tokenizer",
         metavar="DIR",
@@ -69,77 +57,22 @@ def run(arguments: argparse.Namespace) -> None:
     carried = _carried(origins)
     family = choose(config, carried.get("model_type"))
     leaves = open_leaves(params_directory(model))
-    export = Export(config, family, leaves, DTYPES.get(arguments.dtype))
+    export = Export(config, rules(config, family), leaves, DTYPES.get(arguments.dtype))
     said = settings(config, family, _max_positions(arguments.max_positions, config, model, carried), export.dtype_name)
     unknown = {"bos_token_id": None, "eos_token_id": None}  # else transformers takes its class's, such as 50256
     said = (carried if carried.get("model_type") == family.model_type else unknown) | said
     tokenizer = _tokenizer(arguments.tokenizer, origins)
     beside = files.copied([path / "huggingface" for path in origins], ["generation_config.json"])
-    tensors = export.tensors
-    nbytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in tensors.values())
+    tensors, nbytes = export.tensors, export.nbytes
     out.parent.mkdir(parents=True, exist_ok=True)
     refuse_full_disk(out, nbytes)
     with appearing(out, arguments.force) as directory, disk_errors(out, nbytes):
-        files.Writer(directory, tensors, int(arguments.max_shard_gb * 1e9)).write(_told(export.arrays(), nbytes))
+        files.Writer(directory, tensors, int(arguments.max_shard_gb * 1e9)).write(export.arrays())
         (directory / files.CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
         files.copy_into(directory, tokenizer | beside)
     print(f"{out}: {family.architecture}, {len(tensors)} tensors, {nbytes / 1e9:.2f} GB, {export.dtype_name}")
     if not tokenizer:
         print("no tokenizer files are known for it; --tokenizer DIR copies them from there")
-
-
-@dataclasses.dataclass(frozen=True)
-class Export:
-    """The tensors of a model in a family's names and layouts, read a layer at a time."""
-
-    config: ModelConfig
-    family: Family
-    leaves: Mapping[str, Leaf]
-    dtype: np.dtype | None  # None: as stored
-
-    def _steps(self) -> list[tuple[Rule, int | None]]:
-        return in_file_order(rules(self.config, self.family), self.config.layers)
-
-    @property
-    def tensors(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Name -> shape and dtype, in the order in which `arrays` gives them."""
-        shapes, found = leaf_shapes(self.config), {}
-        for path, shape in shapes.items():
-            stored = self.leaves[path].shape if path in self.leaves else None
-            padded = stored is not None and path in VOCABULARY_LEAVES and stored[0] >= shape[0]
-            if stored is None or (stored[1:] if padded else stored) != (shape[1:] if padded else shape):
-                raise UserError(f"{path}: {stored or 'nothing'} stored, {shape} wanted by the architecture beside it")
-        for rule, layer in self._steps():
-            kind = self.dtype or self.leaves[rule.targets[0]].dtype
-            for name, shape in zip(names(rule, layer), source_shapes(rule, self.config, shapes), strict=True):
-                found[name] = (shape, kind)
-        return found
-
-    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors themselves."""
-        shapes = leaf_shapes(self.config)
-        for rule, layer in self._steps():
-            pieces = []
-            for path in rule.targets:
-                first = slice(0, shapes[path][0]) if layer is None else slice(layer, layer + 1)
-                piece = self.leaves[path].read((first,))
-                pieces.append(piece if layer is None else piece[0])
-            for name, array in zip(names(rule, layer), rule.from_kdjax(self.config, *pieces), strict=True):
-                yield name, array if self.dtype is None else array.astype(self.dtype)
-
-    @property
-    def dtype_name(self) -> str:
-        """Of the embedding, which config.json states for all."""
-        return str(self.dtype or self.leaves["embed"].dtype)
-
-
-def _told(arrays: Iterator[tuple[str, np.ndarray]], nbytes: int) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors, and how far the writing is."""
-    progress = Progress(nbytes)
-    for name, array in arrays:
-        yield name, array
-        progress.add(array.nbytes)
-    progress.close()
 
 
 def _padding(config: ModelConfig, model: Path, choice: str | None) -> ModelConfig:

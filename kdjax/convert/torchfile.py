@@ -1,13 +1,15 @@
-"""Files of `torch.save`, read without torch: a zip whose `data.pkl` describes tensors over uncompressed storages."""
+"""Files of `torch.save`, read and written without torch: a zip whose `data.pkl` describes tensors over storages."""
 
 import struct
 import zipfile
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from kdjax.convert.files import Region
-from kdjax.convert.pickles import dtype_of, unpickle
+from kdjax.convert.pickles import STORAGES, dtype_of, unpickle
+from kdjax.convert.pickling import Call, Global, Persistent, dumps
 from kdjax.convert.tensors import StoredTensor, in_file
 from kdjax.types import UserError
 
@@ -88,3 +90,66 @@ def _damaged(region: Region, error: Exception) -> str:
         f"{region.label} is no complete torch.save file ({error}); "
         f"it has {region.size} bytes: perhaps it was cut off, so copy it again"
     )
+
+
+# NumPy dtype -> torch's name of such a storage; an untyped one has bytes, as ByteStorage has.
+STORAGE_NAMES = {dtype_of(dtype, name): name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
+
+
+def save(file: BinaryIO, thing: Any) -> int:
+    """Writes what torch.save would of `thing`, its arrays as tensors, from here on in `file`; the count of bytes."""
+    storages: list[np.ndarray] = []
+
+    def tensor(array: np.ndarray) -> Call:
+        storages.append(array)
+        strides = tuple(int(np.prod(array.shape[axis + 1 :])) for axis in range(array.ndim))
+        return tensor_over(array, len(storages) - 1, 0, array.shape, strides)
+
+    pickled = dumps(thing, tensor)  # it fills `storages`
+    return write(file, pickled, storages)
+
+
+def tensor_over(storage: np.ndarray, number: int, first: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Call:
+    """A tensor, as a pickle describes it, over part of the file's storage of this number; counts are of items."""
+    kind = Global("torch", STORAGE_NAMES[storage.dtype])
+    reference = Persistent(("storage", kind, str(number), "cpu", storage.size))
+    no_hooks = Call(Global("collections", "OrderedDict"), ())
+    rebuild = Global("torch._utils", "_rebuild_tensor_v2")
+    return Call(rebuild, (reference, first, shape, strides, False, no_hooks))
+
+
+def write(file: BinaryIO, pickled: bytes, storages: Sequence[np.ndarray]) -> int:
+    """Writes the zip; the same bytes for the same content, whenever. Returns their count."""
+    counted = _Counted(file)
+    with zipfile.ZipFile(counted, "w") as archive:  # type: ignore[call-overload]
+        for name, content in (
+            ("data.pkl", pickled),
+            ("byteorder", b"little"),
+            *((f"data/{number}", _bytes(storage)) for number, storage in enumerate(storages)),
+            ("version", b"3\n"),
+        ):
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # uncompressed, dated 1980
+    return counted.tell()
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return little.reshape(-1).view(np.uint8).data
+
+
+class _Counted:
+    """A file that starts here and cannot be sought in, so that a zip's offsets count from its own first byte."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._written = file, 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._file.write(data)
+        self._written += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._written
+
+    def flush(self) -> None:
+        self._file.flush()

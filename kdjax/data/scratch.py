@@ -5,6 +5,7 @@ belongs to an older state of a file is recognised, and removed when the newer on
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import tempfile
@@ -28,13 +29,31 @@ def open_scratch(configured: str | None) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def alone(scratch: Path, source: Path) -> Iterator[None]:
+    """Whoever else comes here for `source` waits, so that one process unpacks and indexes it and the others find it.
+
+    Where the file system knows no locks every process does so for itself, which `written_whole` makes safe.
+    """
+    lock = scratch / f".{_place(source)}.lock"
+    with explained(lock, "write this file"):
+        file = lock.open("a")
+    with file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def state_key(source: Path) -> str:
     """A name for the present state of a file: "<digest of path>-<digest of size and modification time>"."""
     with explained(source, "read this file of records"):
         status = source.stat()
-    place = hashlib.blake2b(os.fsencode(source.resolve()), digest_size=8).hexdigest()
     state = hashlib.blake2b(b"%d %d" % (status.st_size, status.st_mtime_ns), digest_size=8).hexdigest()
-    return f"{place}-{state}"
+    return f"{_place(source)}-{state}"
+
+
+def _place(source: Path) -> str:
+    return hashlib.blake2b(os.fsencode(source.resolve()), digest_size=8).hexdigest()
 
 
 def remove_older(scratch: Path, key: str) -> None:

@@ -16,6 +16,7 @@ from kdjax.data.files import Source
 from kdjax.data.index import NO_INDEX, Index, load_or_build
 from kdjax.data.records import Record, RecordError, decode
 from kdjax.data.reporting import explained
+from kdjax.data.scratch import alone
 from kdjax.data.unpacking import unpack
 from kdjax.types import UserError
 
@@ -26,9 +27,10 @@ class RecordFile:
     """A file of records, held open, and its index. Safe to read from several threads."""
 
     def __init__(self, source: Source, scratch: Path, allow_truncated: bool):
-        plain = unpack(source.path, scratch, allow_truncated)
+        with alone(scratch, source.path):
+            plain = unpack(source.path, scratch, allow_truncated)
+            self.index: Index = load_or_build(plain, scratch)
         self.source = source
-        self.index: Index = load_or_build(plain, scratch)
         self.is_cut = plain.is_cut or self.index.is_cut  # and what there is of it may be used
         if self.index.is_cut:
             said = f"{source.path}: ends mid-record after {len(self.index)} complete records"

@@ -10,6 +10,7 @@ import pytest
 import torch_writer as writer
 
 from kdjax.convert import output
+from kdjax.convert.__main__ import main
 from kdjax.convert.from_megatron import convert
 
 L, D, F, V = 24, 192, 512, 4099  # a layer is 0.9 MB, the embedding 1.6 MB, the model 24 MB
@@ -75,3 +76,17 @@ def test_peak_memory(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     finally:
         tracemalloc.stop()
     assert largest < peaks[0] < 2 * layer + largest + 1e6
+
+
+def test_peak_memory_of_the_way_back(tmp_path: Path) -> None:
+    write_stacked(tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "out")
+    layer, largest = 2 * sum(int(np.prod(shape)) for shape in LAYER.values()), 2 * V * D
+    main(["to-megatron", str(tmp_path / "out"), str(tmp_path / "first")])  # imports and caches
+    tracemalloc.start()
+    try:
+        main(["to-megatron", str(tmp_path / "out"), str(tmp_path / "back")])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert largest < peak < 2 * layer + largest + 1e6

@@ -1,10 +1,13 @@
 """The unpickler refuses what could run, and torch.save files are read to the last stride."""
 
+import argparse
 import io
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 import torch_writer as writer
 
-from kdjax.convert import torchfile
+from kdjax.convert import pickling, torchfile
 from kdjax.convert.files import Region, files_of
 from kdjax.convert.pickles import INERT_PACKAGES, Inert, unpickle
 from kdjax.convert.tensors import assembled, concatenated, in_file, in_memory
@@ -79,36 +82,84 @@ def test_the_files_own_names_cannot_be_changed() -> None:
     assert dict(vars(Inert)) == before
 
 
+def save_views(path: Path, storage: np.ndarray, views: dict[str, Any]) -> None:
+    """A torch.save file of tensors that share a storage: first item, shape and strides of each."""
+    tensors = {name: torchfile.tensor_over(storage, 0, *view) for name, view in views.items()}
+    with path.open("wb") as file:
+        torchfile.write(file, pickling.dumps(tensors), [storage])
+
+
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.uint8, np.int32])
 def test_shared_and_strided_storages(dtype: Any, tmp_path: Path) -> None:
     storage = np.arange(60).astype(dtype)
     views = {
-        "whole": writer.View(storage, 0, (5, 12), (12, 1)),
-        "part": writer.View(storage, 12, (2, 3), (12, 4)),
-        "transposed": writer.View(storage, 0, (12, 5), (1, 12)),
-        "scalar": writer.View(storage, 7, (), ()),
-        "one row": writer.View(storage, 24, (1, 12), (99, 1)),
-        "empty": writer.View(storage, 0, (0, 4), (4, 1)),
+        "whole": (0, (5, 12), (12, 1)),
+        "part": (12, (2, 3), (12, 4)),
+        "transposed": (0, (12, 5), (1, 12)),
+        "scalar": (7, (), ()),
+        "one row": (24, (1, 12), (99, 1)),
+        "empty": (0, (0, 4), (4, 1)),
     }
-    writer.save(tmp_path / "a.pt", {"views": views, "list": [1, None]})
+    save_views(tmp_path / "a.pt", storage, views)
     stored = torchfile.load(files_of(tmp_path)["a.pt"])
-    assert stored["list"] == [1, None]
-    for name, view in views.items():
-        steps = [step * storage.itemsize for step in view.strides]
-        expected = np.lib.stride_tricks.as_strided(storage[view.offset :], view.shape, steps)
-        found = stored["views"][name]
-        assert (found.shape, found.dtype, found.where) == (view.shape, storage.dtype, str(tmp_path / "a.pt"))
+    for name, (first, shape, strides) in views.items():
+        steps = [step * storage.itemsize for step in strides]
+        expected = np.lib.stride_tricks.as_strided(storage[first:], shape, steps)
+        found = stored[name]
+        assert (found.shape, found.dtype, found.where) == (shape, storage.dtype, str(tmp_path / "a.pt"))
         np.testing.assert_array_equal(found.read(), expected, err_msg=name)
-        if len(view.shape) == 2 and view.shape[0] > 1:
+        if len(shape) == 2 and shape[0] > 1:
             np.testing.assert_array_equal(found.layer(1).read(), expected[1])
             np.testing.assert_array_equal(found.slice(1, 2).read(), expected[1:2])
 
 
 def test_a_view_beyond_its_storage(tmp_path: Path) -> None:
     storage = np.zeros(10, np.float32)
-    writer.save(tmp_path / "a.pt", writer.View(storage, 5, (2, 3), (3, 1)))
+    save_views(tmp_path / "a.pt", storage, {"": (5, (2, 3), (3, 1))})
     with pytest.raises(UserError, match=r"a.pt: a tensor \(2, 3\) reaches beyond its storage"):
         torchfile.load(files_of(tmp_path)["a.pt"])
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        None,
+        [True, False, 0, 1, -1, 255, 2**31 - 1, -(2**31), 2**31, -(2**63), 2**64 + 1, -(2**200)],
+        {"a": 1.5, "\u00e9\n": (), 3: [], (1, "2"): {}},
+        ((1,), (1, 2), (1, (2, [3, {"4": 5e-324}])), ["x" * 300]),
+    ],
+)
+def test_what_is_written_is_a_pickle(thing: Any) -> None:
+    found = pickle.loads(pickling.dumps(thing))
+    assert (found, repr(found)) == (thing, repr(thing))
+
+
+def test_pickles_of_names() -> None:
+    """Python's own unpickler imports them, calls them and sets attributes; what is no pickle's is refused."""
+    fraction = pickling.Call(pickling.Global("fractions", "Fraction"), (3, 4))
+    namespace = pickling.Record(pickling.Global("argparse", "Namespace"), {"share": fraction})
+    assert pickle.loads(pickling.dumps([namespace, fraction])) == [
+        argparse.Namespace(share=Fraction(3, 4)),
+        Fraction(3, 4),
+    ]
+    with pytest.raises(TypeError, match=r"Fraction .* cannot be pickled"):
+        pickling.dumps([Fraction(1, 2)])
+    assert pickle.loads(pickling.dumps([Fraction(1, 2)], str)) == ["1/2"]
+
+
+def test_a_zip_that_begins_inside_a_file(tmp_path: Path) -> None:
+    """As the shards of a torch_dist file do: its offsets count from its own first byte, and its size is told."""
+    with (tmp_path / "a").open("wb") as file:
+        file.write(b"something")
+        size = torchfile.save(file, {"x": np.arange(7, dtype=np.float32)})
+        file.write(b"else")
+    content = (tmp_path / "a").read_bytes()[9:]
+    assert content[size:] == b"else"
+    with zipfile.ZipFile(io.BytesIO(content[:size])) as archive:
+        assert archive.testzip() is None
+        assert archive.read("archive/data/0") == np.arange(7, dtype="<f4").tobytes()
+        assert {info.header_offset for info in archive.infolist()} >= {0}
+        assert {info.date_time[0] for info in archive.infolist()} == {1980}
 
 
 def test_files_that_are_no_torch_save_files(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ NEMO = {
 PROVIDER = {
     "num_layers": 4,
     "hidden_size": 64,
+    "seq_length": 32,
     "num_attention_heads": 4,
     "vocab_size": 500,
     "activation_func": "torch.nn.functional.gelu",
@@ -136,6 +137,31 @@ def test_features_of_the_other_two() -> None:
         from_provider(PROVIDER | {"gated_linear_unit": True}, "run_config.yaml", "somewhere")
     with pytest.raises(UserError, match=r"num_moe_experts = 8"):
         from_provider(PROVIDER | {"num_moe_experts": 8}, "run_config.yaml", "somewhere")
+    with pytest.raises(UserError, match=r"apply_embedding_scaling = True: kdjax's model has no scaled embeddings"):
+        from_nemo(NEMO | {"apply_embedding_scaling": True}, "somewhere")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "megatron.bridge.models.gemma.gemma_provider.GemmaModelProvider2B",
+        "megatron.bridge.models.gemma.gemma2_provider.Gemma2ModelProvider9B",
+        "nemo.collections.llm.gpt.model.gemma.GemmaConfig7B",
+    ],
+)
+def test_gemma_scales_its_embeddings_in_code(target: str) -> None:
+    """Nothing but the class's name says so; the other providers of that kind are read."""
+    with pytest.raises(UserError, match=rf"somewhere: _target_ = '{target}': .* no scaled embeddings, as Gemma's"):
+        from_provider(PROVIDER | {"_target_": target}, "run_config.yaml", "somewhere")
+    llama = PROVIDER | {"_target_": "megatron.bridge.models.llama.llama_provider.Llama3ModelProvider8B"}
+    assert from_provider(llama, "run_config.yaml", "somewhere")["layers"].value == PROVIDER["num_layers"]
+
+
+def test_learned_positions_need_their_number() -> None:
+    stated = {key: found for key, found in from_args(args(), "somewhere").items() if key != "max_positions"}
+    with pytest.raises(UserError, match=r"model.max_positions = None: learned positions need their number.*--arch"):
+        settle(stated, [])
+    assert settle(stated, ["max_positions=31"])[0].max_positions == 31
 
 
 @pytest.mark.parametrize(

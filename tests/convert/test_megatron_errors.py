@@ -138,6 +138,16 @@ def test_a_missing_rank(tmp_path: Path, out: Path) -> None:
         convert(tmp_path / "ranks", out)
 
 
+def test_ranks_of_experts(tmp_path: Path, out: Path) -> None:
+    shutil.copytree(megatron.unpacked("llamaish") / "torch_tp2pp2", tmp_path / "ranks")
+    for rank in sorted((tmp_path / "ranks" / "iter_0000100").iterdir()):
+        rank.rename(rank.with_name(f"{rank.name}_003"))
+    with pytest.raises(
+        UserError, match=r"mp_rank_00_000_003/model_optim_rng.pt: of an expert-parallel rank; .*mixtures"
+    ):
+        convert(tmp_path / "ranks", out)
+
+
 class RunsACommand:
     """Pickles to a call of os.system."""
 

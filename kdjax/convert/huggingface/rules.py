@@ -1,7 +1,5 @@
 """Names and layouts of the families, as rules. PyTorch's linear maps are [out, in]; GPT-2's Conv1D is [in, out]."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from kdjax.config import ModelConfig
@@ -110,15 +108,3 @@ def _output(config: ModelConfig, kernel: np.ndarray) -> Arrays:
 
 def _output_inverse(config: ModelConfig, kernel_NxHxD: np.ndarray) -> Arrays:
     return (kernel_NxHxD.reshape(-1, kernel_NxHxD.shape[-1]),)
-
-
-def in_file_order(table: Sequence[Rule], layers: int) -> list[tuple[Rule, int | None]]:
-    """What to write after what: the embeddings, layer after layer, the last norm and the head."""
-    before = [rule for rule in table if rule.targets[0] in ("embed", "positions")]
-    stacked = [rule for rule in table if rule.per_layer]
-    after = [rule for rule in table if rule not in before and rule not in stacked]
-    return [
-        *((rule, None) for rule in before),
-        *((rule, layer) for layer in range(layers) for rule in stacked),
-        *((rule, None) for rule in after),
-    ]

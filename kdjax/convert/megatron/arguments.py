@@ -48,6 +48,7 @@ ABSENT: tuple[Feature, ...] = (
     ("attn_logit_softcapping", _set, "soft-capped attention"),
     ("final_logit_softcapping", _set, "soft-capped logits"),
     ("mcore_customization_config", _set, "layers of another model family"),
+    ("apply_embedding_scaling", _set, "scaled embeddings"),
     ("headscale", _set, "scaled heads"),
     ("attention_type", lambda value: value not in (None, "multihead"), "other attention than multi-head"),
 )
@@ -164,6 +165,8 @@ def from_provider(model: Mapping[str, Any], label: str, where: str) -> dict[str,
     """The model section of Megatron-Bridge's run_config.yaml, or NeMo 2's context/model.yaml (`config`)."""
     told = Told(model, label, where)
     told.refuse_absent()
+    if "gemma" in str(told.get("_target_", default="")).lower():  # in its code, not in its values
+        raise told.refuse("_target_", "scaled embeddings, as Gemma's")
     _sizes(told)
     told.state("n_groups", told.get("num_query_groups", "num_attention_heads"), "num_query_groups")
     _position(told, told.get("position_embedding_type", default="learned_absolute"))

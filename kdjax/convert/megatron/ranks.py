@@ -28,6 +28,7 @@ RANK = (
     re.compile(r"tp_rank_(?P<tp>\d+)_pp_rank_(?P<pp>\d+)/(?:model_optim_rng\.pt|model_weights\.ckpt)"),
     re.compile(r"model_weights\.ckpt"),
 )
+EXPERT_RANK = re.compile(r"mp_rank_\d+_\d+_\d+/.*")  # tensor, pipeline, expert parallel
 # How tensor parallelism cuts: [out, in] along "out" where a map widens, along "in" where it comes back.
 CUT_BY_ROWS = re.compile(
     r".*word_embeddings\.weight|output_layer\.(weight|bias)|.*\.linear_qkv\.(weight|bias)|"
@@ -50,9 +51,14 @@ class Stage:
 
 
 def rank_files(files: Files) -> dict[tuple[int, int], Region]:
-    """(tensor rank, pipeline rank) -> file. Raises UserError when one is missing; {} when there are none at all."""
+    """(tensor rank, pipeline rank) -> file; {} when there are none at all.
+
+    Raises UserError when one is missing, and for the files of experts.
+    """
     found: dict[tuple[int, int], Region] = {}
     for name, region in files.items():
+        if EXPERT_RANK.fullmatch(name):
+            raise UserError(f"{region.label}: of an expert-parallel rank; kdjax's model has no mixtures of experts")
         for pattern in RANK:
             if (match := pattern.fullmatch(name)) is not None:
                 parts = match.groupdict()
