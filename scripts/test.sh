@@ -7,4 +7,4 @@ cd "$here/.."
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile "$@"

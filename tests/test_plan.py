@@ -81,8 +81,8 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setitem(plan.TARGETS, "h100", small_card)
     assert plan.main(command) == 1
     assert "DOES NOT FIT: 90% of 4.0 GiB" in capsys.readouterr().out
-    monkeypatch.setitem(plan.TARGETS, "h100", dataclasses.replace(small_card, memory=8 * 2**30))
+    monkeypatch.setitem(plan.TARGETS, "h100", dataclasses.replace(small_card, memory=12 * 2**30))
     assert plan.main([*command, "--search"]) == 0
     out = capsys.readouterr().out
     assert out.count("GiB  ") >= 3
-    assert "the best: --config.mesh.fsdp=" in out
+    assert "the best: --config.mesh.fsdp=1 --config.mesh.tensor=2" in out
