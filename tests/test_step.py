@@ -169,7 +169,7 @@ def test_a_non_finite_gradient_changes_nothing_but_the_step(config: Config) -> N
     broken = batch.topk_logits.copy()
     broken[0, 2, 0] = np.nan  # an unmasked position
     before = init_state(config, mesh_of(2))
-    state, metrics = one_step(config, dataclasses.replace(batch, topk_logits=broken), devices=2)
+    state, metrics = one_step(config, dataclasses.replace(batch, topk_logits=broken), 2)
     assert metrics["skipped"] == 1
     assert np.isnan(metrics["loss"])
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (before.params, before.opt_state))
