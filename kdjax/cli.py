@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from kdjax.config import Config, build, describe
 from kdjax.types import UserError
 
@@ -60,9 +62,16 @@ def load(path: Path) -> Mapping[str, Any]:
     return module.get_config()
 
 
+def stay_on_host() -> None:
+    """For commands that compute nothing: takes and looks for no accelerator. To be called before anything of JAX runs."""
+    if not jax.config.jax_platforms:  # type: ignore[attr-defined]  # JAX makes its options at run time
+        jax.config.update("jax_platforms", "cpu")
+
+
 def run(main: Callable[[], int]) -> None:
     """Exits with main's code; on a user's mistake prints it, without a traceback, and exits with 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    # By force: some libraries set logging up when they are imported, and theirs would stay.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("kdjax").setLevel(logging.INFO)
     try:
         code = main()

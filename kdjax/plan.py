@@ -230,8 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compile_only() -> None:
     """Keeps JAX from looking for GPUs; before anything else is asked of it."""
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    if not jax.config.jax_platforms:  # type: ignore[attr-defined]
-        jax.config.update("jax_platforms", "cpu")
+    cli.stay_on_host()
     # Programs for a target cannot be read back from the cache, and JAX warns of each.
     jax.config.update("jax_enable_compilation_cache", False)
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -140,6 +141,8 @@ def _connect(place: Place, heartbeat_s: int) -> None:
     where = place.coordinator or "the address that the launcher's variables give"
     given: dict[str, Any] = {}
     if place.coordinator is not None:
+        if place.process == 0:
+            _require_free(place.coordinator)
         given = {
             "coordinator_address": place.coordinator,
             "num_processes": place.processes,
@@ -152,6 +155,16 @@ def _connect(place: Place, heartbeat_s: int) -> None:
         raise UserError(
             f"process {place.process} of {place.processes} cannot meet the others at {where}: {error}"
         ) from error
+
+
+def _require_free(coordinator: str) -> None:
+    """Raises UserError when the port is taken: the service that is to listen there would crash the interpreter."""
+    try:
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was left a moment ago will do
+            trial.bind(("", int(coordinator.rpartition(":")[2])))
+    except OSError as error:
+        raise UserError(f"--coordinator {coordinator}: {error.strerror}; give another port") from error
 
 
 def _client() -> Any:

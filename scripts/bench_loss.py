@@ -2,12 +2,14 @@
 
 Loss and gradients on random inputs, float32 unless a row says otherwise, forward KL over the top-k with or without
 0.4 of cross-entropy. "linear" starts from hidden states and the unembedding, "logits" from the logits. The torch side
-is scripts/torch_loss.py. Rows take turns, each in a fresh process, for several rounds: medians, and the ratio to the
+is scripts/torch_loss.py. "matmuls" are the three multiplications that every dense side makes, alone: what none of them
+can be faster than. Rows take turns, each in a fresh process, for several rounds: medians, and the ratio to the
 baselines of the same run.
 
     python scripts/bench_loss.py                                            # without torch
     python scripts/bench_loss.py --torch-python ~/torch/bin/python --out docs/bench_loss.md
-    python scripts/bench_loss.py --shape 8192 128256 4096 64 --rounds 5     # on a GPU
+    python scripts/bench_loss.py --shape 1024 32768 512 64 --shape 1024 32768 128 64   # a table each
+    python scripts/bench_loss.py --gpu --shape 8192 128256 4096 64 --rounds 5
 
 On a GPU, the rows on logits also say at how many bytes a second they make their three passes over [N, V] (read it
 forward; read it and write the gradient backward), and which share of the card's bandwidth that is.
@@ -42,14 +44,16 @@ class Row(NamedTuple):
 
     level: str  # linear | logits
     sft: float
-    side: str  # an implementation of kdjax.losses, "naive" (its specification, differentiated by JAX), or "torch"
+    side: (
+        str  # an implementation of kdjax.losses, "naive" (its specification, differentiated by JAX), "torch", "matmuls"
+    )
     dtype: str = "float32"
 
 
 def rows(gpu: bool) -> list[Row]:
     kernels = ("pallas", "triton") if gpu else ()
     return [
-        *(Row("linear", 0.4, side) for side in ("torch", "naive", "xla", *kernels)),
+        *(Row("linear", 0.4, side) for side in ("torch", "matmuls", "naive", "xla", *kernels)),
         *(Row("linear", 0.0, side) for side in ("torch", "naive", "xla", "gathered")),
         *(Row("logits", 0.4, side) for side in ("torch", "naive", "xla", *kernels)),
         *(Row("logits", 0.0, side) for side in ("torch", "naive", "xla")),
@@ -60,13 +64,12 @@ def rows(gpu: bool) -> list[Row]:
 def measure(row: Row, shape: Sequence[int], repeats: int) -> Result:
     """Seconds of each repeat, temporaries as XLA allocates them, added peak memory, counted matmul operations."""
     # Imported here: the process that starts the others must stay small (host.peak_rss_bytes).
-    import functools
-
     import jax
     import jax.numpy as jnp
 
     from kdjax.flops import matmul_flops
     from kdjax.losses import linear_topk_kd_loss, topk_kd_loss
+    from kdjax.targets import TARGETS
 
     n, v, d, k = shape
     keys = jax.random.split(jax.random.key(0), 4)
@@ -86,12 +89,18 @@ def measure(row: Row, shape: Sequence[int], repeats: int) -> Result:
     def on_logits(logits: jax.Array) -> jax.Array:
         return topk_kd_loss(logits, topk_logits, ids, ids[..., 0], **settings)[0].sum()
 
-    if row.level == "linear":
-        arguments: tuple[jax.Array, ...] = (hidden, unembed)
+    def three_matmuls(hidden: jax.Array, unembed: jax.Array, logits_ct: jax.Array) -> tuple[jax.Array, ...]:
+        return jnp.sum(hidden[0] @ unembed.T), logits_ct @ unembed, logits_ct.T @ hidden[0]
+
+    arguments: tuple[jax.Array, ...] = (hidden, unembed)
+    if row.side == "matmuls":
+        gradient: Any = three_matmuls
+        arguments = (*arguments, jax.random.normal(keys[1], (n, v)))
+    elif row.level == "linear":
         gradient = jax.value_and_grad(linear, argnums=(0, 1))
     else:
         arguments = (jax.block_until_ready(hidden @ unembed.T),)
-        gradient = jax.value_and_grad(functools.partial(on_logits))
+        gradient = jax.value_and_grad(on_logits)
     compiled = jax.jit(gradient).lower(*arguments).compile()
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
@@ -111,20 +120,18 @@ def measure(row: Row, shape: Sequence[int], repeats: int) -> Result:
         "temp_bytes": memory.temp_size_in_bytes,
         "flops": matmul_flops(gradient, *arguments),
         "version": f"jax {jax.__version__} on {device.device_kind}",
-        "device": device.device_kind,
+        "bandwidth": {t.description: t.memory_bandwidth for t in TARGETS.values()}.get(device.device_kind),
     }
 
 
-def run(row: Row, arguments: argparse.Namespace) -> Result | None:
-    """The row's JSON, measured in a process of its own; None where the side is not to be had."""
-    shape = [str(size) for size in arguments.shape]
+def run(row: Row, shape: Sequence[int], arguments: argparse.Namespace) -> Result:
+    """The row's JSON, measured in a process of its own."""
+    sizes = [str(size) for size in shape]
     if row.side == "torch":
-        if arguments.torch_python is None:
-            return None
         command = [arguments.torch_python, str(HERE / "torch_loss.py"), "--level", row.level, "--sft", str(row.sft)]
-        command += ["--shape", *shape, "--repeats", str(arguments.repeats)]
+        command += ["--shape", *sizes, "--repeats", str(arguments.repeats)]
     else:
-        command = [sys.executable, str(HERE / "bench_loss.py"), "--one", json.dumps(row), "--shape", *shape]
+        command = [sys.executable, str(HERE / "bench_loss.py"), "--one", json.dumps(row), "--shape", *sizes]
         command += ["--repeats", str(arguments.repeats)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -133,31 +140,36 @@ def run(row: Row, arguments: argparse.Namespace) -> Result | None:
     return result
 
 
+Measured = Mapping[Row, Sequence[Result]]
+
+
 def compare(arguments: argparse.Namespace) -> str:
-    """All rounds, then the report in markdown."""
+    """All rounds of every shape, then the report in markdown."""
     wanted = [row for row in rows(arguments.gpu) if row.side != "torch" or arguments.torch_python]
-    measured: dict[Row, list[Result]] = {row: [] for row in wanted}
-    began, total = time.monotonic(), arguments.rounds * len(wanted)
-    for number, (round_, row) in enumerate(itertools.product(range(arguments.rounds), wanted), 1):
-        result = run(row, arguments)
-        assert result is not None
-        measured[row].append(result)
-        left = (time.monotonic() - began) / number * (total - number)
+    shapes = [tuple(shape) for shape in arguments.shape or [[1024, 32768, 512, 64]]]
+    measured: dict[tuple[int, ...], dict[Row, list[Result]]] = {shape: {row: [] for row in wanted} for shape in shapes}
+    turns = list(itertools.product(shapes, range(arguments.rounds), wanted))
+    began = time.monotonic()
+    for number, (shape, round_, row) in enumerate(turns, 1):
+        result = run(row, shape, arguments)
+        measured[shape][row].append(result)
+        left = (time.monotonic() - began) / number * (len(turns) - number)
         told = f"{statistics.median(result['seconds']) * 1e3:.0f} ms"
-        print(
-            f"round {round_ + 1}/{arguments.rounds}  {' '.join(map(str, row))}  {told}  {left:.0f} s left",
-            file=sys.stderr,
-        )
-    return report(measured, arguments)
+        line = f"{shape} round {round_ + 1}/{arguments.rounds}  {' '.join(map(str, row))}  {told}  {left:.0f} s left"
+        print(line, file=sys.stderr, flush=True)
+    lines = ["# The losses beside naive autodiff and NeMo-Aligner's algorithm"]
+    for shape in shapes:
+        lines += table(shape, measured[shape], arguments)
+    versions = {results[0]["version"] for found in measured.values() for results in found.values()}
+    return "\n".join([*lines, *notes(arguments, sorted(versions))]) + "\n"
 
 
-def report(measured: Mapping[Row, Sequence[Result]], arguments: argparse.Namespace) -> str:
-    """The table, and what it was measured on."""
-    n, v, d, k = arguments.shape
+def table(shape: tuple[int, ...], measured: Measured, arguments: argparse.Namespace) -> list[str]:
+    """The lines of one shape's table."""
+    n, v, d, k = shape
     times = {row: statistics.median(t for r in results for t in r["seconds"]) for row, results in measured.items()}
     added = {row: statistics.median(r["added_bytes"] for r in results) for row, results in measured.items()}
     lines = [
-        "# The losses beside naive autodiff and NeMo-Aligner's algorithm",
         "",
         f"Loss and gradients, N = {n} tokens, V = {v}, D = {d}, K = {k}.",
         "",
@@ -180,17 +192,14 @@ def report(measured: Mapping[Row, Sequence[Result]], arguments: argparse.Namespa
             f"| {'' if temp is None else f'{temp / host.MIB:.1f} MiB'} | {added[row] / host.MIB:.0f} MiB "
             f"| {ratio(added, 'torch')} | {matmuls} |"
         )
-    versions = {results[0]["version"] for results in measured.values()}
-    return "\n".join([*lines, *bandwidth(measured, times, arguments), *notes(arguments, sorted(versions))]) + "\n"
+    return [*lines, *(bandwidth(shape, measured, times, arguments) if arguments.gpu else [])]
 
 
 def bandwidth(
-    measured: Mapping[Row, Sequence[Result]], times: Mapping[Row, float], arguments: argparse.Namespace
+    shape: tuple[int, ...], measured: Measured, times: Mapping[Row, float], arguments: argparse.Namespace
 ) -> list[str]:
     """On a GPU: how fast the three passes over [N, V] go, beside what the card can."""
-    if not arguments.gpu:
-        return []
-    n, v, *_ = arguments.shape
+    n, v, *_ = shape
     lines = [
         "",
         "| computed by | dtype | bytes/s of three passes | share of the card's bandwidth |",
@@ -200,14 +209,10 @@ def bandwidth(
         if row.level != "logits" or not row.sft or row.side == "torch":
             continue
         rate = 3 * n * v * (2 if row.dtype == "bfloat16" else 4) / times[row]
-        card = arguments.bandwidth or BANDWIDTH.get(measured[row][0]["device"].removeprefix("NVIDIA ").split()[0])
+        card = arguments.bandwidth or measured[row][0]["bandwidth"]
         share = f"{rate / card:.0%}" if card else "give --bandwidth"
         lines.append(f"| {row.side} | {row.dtype} | {rate / 1e12:.2f} TB/s | {share} |")
     return lines
-
-
-# Bytes a second, from NVIDIA's data sheets.
-BANDWIDTH = {"A100-SXM4-80GB": 2.039e12, "H100": 3.352e12, "H200": 4.8e12, "B200": 7.672e12}
 
 
 def notes(arguments: argparse.Namespace, versions: Sequence[str]) -> list[str]:
@@ -229,7 +234,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--torch-python", metavar="PYTHON", help="interpreter that has torch; default: no torch rows")
-    parser.add_argument("--shape", type=int, nargs=4, default=[1024, 32768, 512, 64], metavar=("N", "V", "D", "K"))
+    parser.add_argument("--shape", type=int, nargs=4, action="append", metavar=("N", "V", "D", "K"), help="repeatable")
     parser.add_argument("--rounds", type=int, default=3, help="processes a row; default: 3")
     parser.add_argument("--repeats", type=int, default=5, help="timed repeats a process; default: 5")
     parser.add_argument("--gpu", action="store_true", help="with the GPU kernels, and bytes a second")
@@ -238,7 +243,7 @@ def main() -> None:
     parser.add_argument("--one", metavar="ROW", help="measure this row here and print JSON (used by the above)")
     arguments = parser.parse_args()
     if arguments.one is not None:
-        print(json.dumps(measure(Row(*json.loads(arguments.one)), arguments.shape, arguments.repeats)))
+        print(json.dumps(measure(Row(*json.loads(arguments.one)), arguments.shape[0], arguments.repeats)))
         return
     text = compare(arguments)
     print(text, end="")

@@ -243,6 +243,17 @@ def test_flags_that_name_no_place(environment: dict[str, str], flags: list[str],
         place(environment, *flags)
 
 
+def test_a_taken_port_is_named() -> None:
+    """Before the service is started there, which would crash."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"--coordinator here:{port}: .*in use; give another port"):
+            processes._connect(Place(f"here:{port}", 2, 0), 10)
+    processes._require_free(f"here:{port}")
+
+
 def test_failures_are_told_once_with_those_they_happened_on() -> None:
     told = processes._told
     assert told({0: (2, "x"), 1: (2, "x")}, {0, 1}, 2) == "error: x"

@@ -41,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             allow_abbrev=False,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, computes=name == "verify")
     arguments = parser.parse_args(argv)
+    if not arguments.computes:
+        cli.stay_on_host()
     return arguments.run(arguments) or 0
 
 

@@ -20,8 +20,6 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-
 from kdjax.config import ModelConfig
 from kdjax.convert.architecture import Stated, add_arch_argument, settle, table
 from kdjax.convert.megatron import layout
@@ -44,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs the command, on the host alone: it computes nothing, and should not take an accelerator's memory."""
-    if not jax.config.jax_platforms:  # type: ignore[attr-defined]
-        jax.config.update("jax_platforms", "cpu")
+    """Runs the command."""
     convert(arguments.source, arguments.out, arguments.arch, force=arguments.force)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-from loss_oracle import Inputs, jit, make_inputs
+from loss_oracle import Inputs, jit, make_inputs, takes
 
 from kdjax.losses import linear_topk_kd_loss, topk_kd_loss
 
@@ -42,6 +42,11 @@ def compiled(implementation: str = "xla", **settings: Any) -> Callable[[Inputs],
     """(loss, kd, sft) and the gradient of the loss, compiled once for all examples of a test."""
 
     def total(z: jax.Array, teaching: Any, lse: jax.Array) -> tuple[jax.Array, Any]:
+        if implementation in ("linear", "gathered"):  # the identity as unembedding: sums of the same losses
+            name = "xla" if implementation == "linear" else "gathered"
+            choice = {"implementation": name, "chunk_tokens": 1, "log_sum_exp_logits": lse, **settings}
+            sums = linear_topk_kd_loss(z, jnp.eye(V), *teaching, jnp.ones((B, T)), **choice)
+            return sums.loss, sums[:3]
         losses = topk_kd_loss(z, *teaching, log_sum_exp_logits=lse, implementation=implementation, **settings)
         return losses[0].sum(), losses
 
@@ -54,8 +59,15 @@ def compiled(implementation: str = "xla", **settings: Any) -> Callable[[Inputs],
     return apply
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
-@each_setting
+@pytest.mark.parametrize(
+    ("settings", "implementation"),
+    [
+        pytest.param(settings, name, id=f"{name}-{settings['kd_loss']}-{len(settings)}")
+        for name in ("xla", "linear", "gathered", "pallas_interpret")
+        for settings in SETTINGS
+        if takes(name, settings)
+    ],
+)
 def test_invariances(settings: dict[str, Any], implementation: str) -> None:
     """The K entries' order, and shifts of all the teacher's or all the student's logits, change nothing."""
     run = compiled(implementation, **settings)
