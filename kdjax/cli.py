@@ -63,7 +63,7 @@ def load(path: Path) -> Mapping[str, Any]:
 
 
 def stay_on_host() -> None:
-    """For commands that compute nothing: takes and looks for no accelerator. To be called before anything of JAX runs."""
+    """For commands that compute nothing: looks for no accelerator and takes none. Before anything of JAX runs."""
     if not jax.config.jax_platforms:  # type: ignore[attr-defined]  # JAX makes its options at run time
         jax.config.update("jax_platforms", "cpu")
 

@@ -10,8 +10,6 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from kdjax.config import ModelConfig
 from kdjax.convert import rules
 from kdjax.convert.architecture import Stated, add_arch_argument, settle, table
@@ -20,7 +18,7 @@ from kdjax.convert.huggingface.families import Family, family_of, stated
 from kdjax.convert.huggingface.rules import SKIPPED, prefix
 from kdjax.convert.huggingface.rules import rules as family_rules
 from kdjax.convert.output import refuse_existing, write_model
-from kdjax.convert.tensors import Source, StoredTensor
+from kdjax.convert.tensors import Source, StoredTensor, equal
 from kdjax.types import UserError
 
 HEAD, TIED_HEAD = "lm_head.weight", "copies of the embedding"
@@ -84,18 +82,8 @@ def _check_copy(source: Mapping[str, StoredTensor], embedding: str, what: str) -
     """Raises UserError unless the stored head is the embedding that it is tied to, to the bit."""
     if embedding not in source:
         return  # which `plan` will tell
-    head, embed, rows = source[HEAD], source[embedding], 4096
-    same = head.shape == embed.shape and head.dtype == embed.dtype
-    if not same or any(
-        not np.array_equal(_bits(head.rows(a, b)), _bits(embed.rows(a, b)))
-        for a in range(0, head.shape[0], rows)
-        for b in [min(a + rows, head.shape[0])]
-    ):
+    if not equal(source[HEAD], source[embedding]):
         raise UserError(
             f"{what}: tie_word_embeddings is true, but {HEAD} differs from {embedding}; if the head is to be used, "
             "convert with --arch tied=False"
         )
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).view(np.uint8)

@@ -26,11 +26,10 @@ from kdjax.convert.megatron import layout
 from kdjax.convert.megatron.rules import SKIP, rules
 from kdjax.convert.output import refuse_existing, write_model
 from kdjax.convert.rules import Plan, plan
-from kdjax.convert.tensors import StoredTensor
+from kdjax.convert.tensors import StoredTensor, equal
 from kdjax.types import UserError
 
 TIED_COPY = {"last pipeline stage's copy of the tied embedding": r"output_layer\.weight"}
-COMPARED_ROWS = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,12 +82,7 @@ def _tied_copy(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> dict
     embedding, copy = tensors.get(layout.EMBEDDING), tensors.get("output_layer.weight")
     if not config.tied or embedding is None or copy is None:
         return {}
-    same = embedding.shape == copy.shape and all(
-        embedding.rows(row, end).tobytes() == copy.rows(row, end).tobytes()
-        for row in range(0, copy.shape[0], COMPARED_ROWS)
-        for end in [min(row + COMPARED_ROWS, copy.shape[0])]
-    )
-    if not same:
+    if not equal(embedding, copy):
         raise UserError(
             f"output_layer.weight {copy.shape} in {copy.where} differs from {layout.EMBEDDING} {embedding.shape} in "
             f"{embedding.where}, and the architecture says that they are one; is it --arch tied=false?"

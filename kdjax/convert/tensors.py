@@ -143,3 +143,14 @@ def concatenated(tensors: Sequence[StoredTensor], axis: int) -> StoredTensor:
     shape = list(tensors[0].shape)
     shape[axis] = at
     return assembled(shape, pieces)
+
+
+COMPARED_ROWS = 4096  # at a time
+
+
+def equal(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors are the same to the bit, few of their rows being in memory at a time."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    bounds = [(row, min(row + COMPARED_ROWS, a.shape[0])) for row in range(0, a.shape[0], COMPARED_ROWS)]
+    return all(a.rows(*rows).tobytes() == b.rows(*rows).tobytes() for rows in bounds)
