@@ -154,12 +154,16 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The device mesh. Only `data` may differ from 1 so far."""
+    """The device mesh. One size may be -1: all devices left."""
 
-    pipe: int = knob(1, "pipeline stages", resumable=True)
-    data: int = knob(-1, "data-parallel replicas; -1: all devices left", resumable=True)
-    fsdp: int = knob(1, "shards of parameters and optimiser state", resumable=True)
-    tensor: int = knob(1, "tensor-parallel shards", resumable=True)
+    pipe: int = knob(1, "pipeline stages: devices that each hold some of the layers", resumable=True)
+    data: int = knob(
+        -1, "replicas, each with its share of the batch; optimiser state is split over them", resumable=True
+    )
+    fsdp: int = knob(1, "the same, with the parameters split over them too (ZeRO-3)", resumable=True)
+    tensor: int = knob(1, "devices over which each layer is split; keep them in one host", resumable=True)
+    interleave: int = knob(1, "runs of layers a stage, for smaller bubbles and more sends (v)", resumable=True)
+    schedule: str = knob("1f1b", "1f1b | gpipe, which keeps an input of every microbatch", resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,12 @@
 """The device mesh: every axis name, every sharding, and the shims over JAX's moving parts."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,39 +16,71 @@ from kdjax.types import UserError
 
 AXES = ("pipe", "data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the global batch is split over these
+STATE_AXES = ("fsdp", "data")  # gradients and optimiser state, major to minor; parameters over the first only
+VOCABULARY_AXES = ("tensor", "pipe")  # the rows of embedding and head: every device that shares a microbatch
 
-VOCABULARY_AXES = ("tensor",)  # the head's rows are split over these
+# What an axis of a parameter counts, and the mesh axes over which it is split for that.
+LAYERS, WIDTH, VOCABULARY = "layers", "width", "vocabulary"
+SPLITS = {LAYERS: ("pipe",), WIDTH: ("tensor",), VOCABULARY: VOCABULARY_AXES}
 
-WHOLE = -1  # in place of the axis along which a parameter is split over "tensor": along none
 REPLICATED = P()
 ROWS = P(BATCH_AXES)  # arrays whose leading axis is the batch
 
 
+class Shards(NamedTuple):
+    """Over how many devices a microbatch's work is split."""
+
+    width: int = 1  # each layer: heads and the MLP's width
+    vocabulary: int = 1  # embedding, head and loss
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices, `-1` filled in. Raises UserError when the sizes do not multiply to their count."""
+    """The mesh over all devices, one `-1` filled in. Raises UserError when the sizes do not multiply to their count.
+
+    Devices stay in JAX's order, host by host, and "tensor" is the innermost axis, then "fsdp": so the collectives of
+    every layer stay within a host where their sizes allow it, and "data" and "pipe" cross hosts.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in AXES]
-    given = int(np.prod([size for size in sizes if size != -1]))
-    if -1 in sizes and len(devices) % given == 0:
-        sizes[sizes.index(-1)] = len(devices) // given
-    if -1 in sizes or int(np.prod(sizes)) != len(devices):
-        asked = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
-        fitting = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
-        raise UserError(
-            f"{asked} does not fit {len(devices)} devices; mesh.data=-1 uses them all, if the other sizes multiply to"
-            f" one of {fitting}"
-        )
+    asked = [getattr(config, axis) for axis in AXES]
+    given = math.prod(size for size in asked if size != -1)
+    sizes = [len(devices) // given if size == -1 else size for size in asked]
+    if math.prod(sizes) != len(devices):
+        told = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, asked, strict=True))
+        raise UserError(f"{told} does not fit {len(devices)} devices; these do: {_near(asked, len(devices))}")
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _near(asked: Sequence[int], count: int) -> str:
+    """The three meshes of so many devices that are closest to what was asked for, in factors."""
+
+    def splits(count: int, axes: int) -> Iterator[tuple[int, ...]]:
+        if axes == 1:
+            yield (count,)
+            return
+        for size in (n for n in range(1, count + 1) if count % n == 0):
+            yield from ((size, *rest) for rest in splits(count // size, axes - 1))
+
+    def distance(sizes: Sequence[int]) -> float:
+        return sum(abs(math.log(a / b)) for a, b in zip(sizes, asked, strict=True) if b > 0)
+
+    best = sorted(splits(count, len(AXES)), key=distance)[:3]
+    return "; ".join(" ".join(f"{axis}={n}" for axis, n in zip(AXES, sizes, strict=True) if n > 1) for sizes in best)
 
 
 def replicas(mesh: Mesh) -> int:
     """How many ways the global batch is split."""
-    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def shards(mesh: Mesh) -> int:
-    """How many devices each layer and the vocabulary are split over."""
-    return mesh.shape["tensor"]
+def shards(mesh: Mesh) -> Shards:
+    """Over how many devices each layer and the vocabulary are split."""
+    return Shards(mesh.shape["tensor"], math.prod(mesh.shape[axis] for axis in VOCABULARY_AXES))
+
+
+def spans_hosts(mesh: Mesh, axis: str) -> bool:
+    """Whether communication along the axis leaves a host: what JAX calls a slice, where it tells one from a process."""
+    lines = np.moveaxis(mesh.devices, AXES.index(axis), -1).reshape(-1, mesh.shape[axis])
+    return any(len({getattr(d, "slice_index", d.process_index) for d in line}) > 1 for line in lines)
 
 
 def check_split(mesh: Mesh, batch: BatchConfig) -> None:
@@ -95,23 +130,34 @@ def sum_over_batch_axes(tree: Any) -> Any:
     return jax.lax.psum(tree, BATCH_AXES)
 
 
-def param_specs(mesh: Mesh, shapes: Any, tensor_axes: Any) -> Any:
-    """How each parameter is split, and with it what the optimiser keeps of it.
+def param_specs(mesh: Mesh, shapes: Any, counts: Any, over: Sequence[str] = ("fsdp",)) -> Any:
+    """How each parameter is split: by what its axes count (`SPLITS`), and over `over` to save memory.
 
-    Over "tensor" along the axis that `tensor_axes` has for it, if it has one; over "fsdp" along the longest other axis
-    that divides. What has none lies whole on every device.
+    `counts` has a tuple for each parameter: what each axis counts, or None. Each of `over` splits the axis that is
+    longest on a device and divides, of those that count nothing; a parameter without one lies whole along it. The
+    optimiser's state is split over `STATE_AXES` (ZeRO-1, arXiv:1910.02054).
     """
 
-    def spec(leaf: jax.ShapeDtypeStruct, tensor_axis: int) -> P:
-        axes: list[str | None] = [None] * len(leaf.shape)
-        if mesh.shape["tensor"] > 1 and tensor_axis != WHOLE:
-            axes[tensor_axis] = "tensor"
-        divide = [i for i, size in enumerate(leaf.shape) if axes[i] is None and size % mesh.shape["fsdp"] == 0]
-        if mesh.shape["fsdp"] > 1 and divide:
-            axes[max(divide, key=lambda i: leaf.shape[i])] = "fsdp"
-        return P(*axes)
+    def spec(leaf: jax.ShapeDtypeStruct, counted: tuple[str | None, ...]) -> P:
+        axes = [[axis for axis in SPLITS.get(name or "", ()) if mesh.shape[axis] > 1] for name in counted]
+        free = [i for i, names in enumerate(axes) if not names]
+        for axis in over:
+            size = {i: leaf.shape[i] // math.prod(mesh.shape[name] for name in axes[i]) for i in free}
+            divide = [i for i in free if size[i] % mesh.shape[axis] == 0]
+            if mesh.shape[axis] > 1 and divide:
+                axes[max(divide, key=lambda i: size[i])].append(axis)
+        return P(*(tuple(names) if len(names) > 1 else names[0] if names else None for names in axes))
 
-    return jax.tree.map(spec, shapes, tensor_axes)
+    return jax.tree.map(spec, shapes, counts)
+
+
+def stage_specs(specs: dict[str, Any]) -> dict[str, Any]:
+    """The specs of parameters whose "layers" [L, ...] are viewed by stages: [v, P, L/(vP), ...]."""
+
+    def view(spec: P) -> P:
+        return P(None, "pipe", None if spec[0] == "pipe" else spec[0], *spec[1:])
+
+    return specs | {"layers": jax.tree.map(view, specs["layers"], is_leaf=_is_spec)}
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
@@ -123,8 +169,8 @@ def gather_params(params: Any, specs: Any) -> Any:
     """Whole parameters from each device's shards: one all-gather a leaf; only inside `per_device`."""
 
     def gather(spec: P, shard: jax.Array) -> jax.Array:
-        axis = _split_axis(spec)
-        return shard if axis is None else jax.lax.all_gather(shard, "fsdp", axis=axis, tiled=True)
+        place = _place(spec, "fsdp")
+        return shard if place is None else jax.lax.all_gather(shard, "fsdp", axis=place, tiled=True)
 
     return jax.tree.map(gather, specs, params, is_leaf=_is_spec)
 
@@ -133,11 +179,14 @@ def sum_to_shards(grads: Any, specs: Any) -> Any:
     """Gradients summed over the axes that split the batch, each device keeping its shards; only inside `per_device`."""
 
     def reduce(spec: P, grad: jax.Array) -> jax.Array:
-        axis = _split_axis(spec)
-        if axis is None:
-            return sum_over_batch_axes(grad)
-        shard = jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=axis, tiled=True)
-        return jax.lax.psum(shard, "data")
+        whole = []
+        for axis in STATE_AXES:
+            place = _place(spec, axis)
+            if place is None:
+                whole.append(axis)
+            else:
+                grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=place, tiled=True)
+        return jax.lax.psum(grad, tuple(whole)) if whole else grad
 
     return jax.tree.map(reduce, specs, grads, is_leaf=_is_spec)
 
@@ -146,28 +195,75 @@ def _is_spec(x: Any) -> bool:
     return isinstance(x, P)
 
 
-def _split_axis(spec: P) -> int | None:
-    return next((axis for axis, name in enumerate(spec) if name == "fsdp"), None)
+def _place(spec: P, axis: str) -> int | None:
+    """Which array axis is split over this mesh axis."""
+    return next((i for i, names in enumerate(spec) if names == axis or axis in (names or ())), None)
 
 
-@jax.custom_vjp
-def to_shards(x: jax.Array) -> jax.Array:
-    """What every shard of a layer reads: its cotangent is the sum over "tensor" of theirs; only inside `per_device`."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _copied(x: jax.Array, axes: str | tuple[str, ...]) -> jax.Array:
+    """One value, read by all devices along the axes: its cotangent is the sum of theirs."""
     return x
 
 
-to_shards.defvjp(lambda x: (x, None), lambda _, ct: (jax.lax.psum(ct, "tensor"),))
+_copied.defvjp(lambda x, axes: (x, None), lambda axes, _, ct: (jax.lax.psum(ct, axes),))
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _summed(x: jax.Array, axes: str | tuple[str, ...]) -> jax.Array:
+    """The sum along the axes, one value for all: its cotangent is each summand's."""
+    return jax.lax.psum(x, axes)
+
+
+_summed.defvjp(lambda x, axes: (_summed(x, axes), None), lambda axes, _, ct: (ct,))
+
+
+# Without the varying-axes check `jax.lax.psum` is its own transpose, which is right for neither of these two. All
+# below is for use inside `per_device` only.
+
+
+def to_shards(x: jax.Array) -> jax.Array:
+    """What every shard of a layer reads."""
+    return _copied(x, "tensor")
+
+
 def sum_of_shards(x: jax.Array) -> jax.Array:
-    """The sum over "tensor" of what the shards of a layer made of their parts; only inside `per_device`."""
-    return jax.lax.psum(x, "tensor")
+    """The sum of what the shards of a layer made of their parts."""
+    return _summed(x, "tensor")
 
 
-sum_of_shards.defvjp(lambda x: (sum_of_shards(x), None), lambda _, ct: (ct,))
+def sum_of_vocabulary(x: jax.Array) -> jax.Array:
+    """The sum of what the shards of the vocabulary made of their rows."""
+    return _summed(x, VOCABULARY_AXES)
 
 
-def shard_index() -> jax.Array:
-    """Which shard of a layer this device holds; only inside `per_device`."""
-    return jax.lax.axis_index("tensor")
+def vocabulary_index() -> jax.Array:
+    """Which shard of the vocabulary this device holds."""
+    return jax.lax.axis_index(VOCABULARY_AXES)
+
+
+def stage_index() -> jax.Array:
+    """Which stage of the pipeline this device belongs to."""
+    return jax.lax.axis_index("pipe")
+
+
+def to_stages(x: jax.Array) -> jax.Array:
+    """What every stage may read, though one alone does."""
+    return _copied(x, "pipe")
+
+
+def of_last_stage(y: jax.Array) -> jax.Array:
+    """The last stage's value, on all of them."""
+    return _summed(jnp.where(stage_index() == jax.lax.axis_size("pipe") - 1, y, 0), "pipe")
+
+
+def to_next_stage(y: jax.Array) -> jax.Array:
+    """The previous stage's value; the first stage gets the last one's."""
+    stages = jax.lax.axis_size("pipe")
+    return jax.lax.ppermute(y, "pipe", [(s, (s + 1) % stages) for s in range(stages)])
+
+
+def to_previous_stage(ct: jax.Array) -> jax.Array:
+    """The next stage's value; the last stage gets the first one's."""
+    stages = jax.lax.axis_size("pipe")
+    return jax.lax.ppermute(ct, "pipe", [((s + 1) % stages, s) for s in range(stages)])

@@ -5,14 +5,15 @@ over it. So compile time does not grow with depth, and a pipeline can cut the st
 Training holds the parameters as a plain nested dict (`init_params`) and binds them to the module (`bind`) inside
 the jitted step.
 
-Split over S devices (Megatron's tensor parallelism, arXiv:1909.08053), each binds its part of the heads, of the MLP's
-width and of the vocabulary (`tensor_axes`, `shard_config`). Between the parts stand two sums, `to_shards` backward
-and `sum_of_shards` forward; the residual stream is whole everywhere.
+Split over several devices (Megatron's tensor parallelism, arXiv:1909.08053), each binds its part of the heads, of the
+MLP's width and of the vocabulary (`param_axes`, `shard_config`). Between the parts stand two sums, `to_shards` backward
+and `sum_of_shards` forward; the residual stream is whole everywhere. A stage of a pipeline binds some of the layers.
 """
 
 import dataclasses
 import functools
 import logging
+import re
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -22,10 +23,21 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kdjax.config import ModelConfig
-from kdjax.mesh import WHOLE, shard_index, sum_of_shards, to_shards
+from kdjax.mesh import (
+    LAYERS,
+    VOCABULARY,
+    WIDTH,
+    Shards,
+    sum_of_shards,
+    sum_of_vocabulary,
+    to_shards,
+    vocabulary_index,
+)
 
 log = logging.getLogger("kdjax")
 Params = dict[str, Any]
+
+WHOLE = Shards()
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swiglu": jax.nn.silu,
@@ -83,8 +95,8 @@ class Linear(nnx.Module):
 class Init:
     """Draws the initial arrays of a stack of layers: every shape gets the leading axis L."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, shards: int):
-        self.rngs, self.layers, self.split = rngs, config.layers, shards > 1
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, shards: Shards):
+        self.rngs, self.layers, self.split = rngs, config.layers, shards.width > 1
         self.dtype, self.param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
 
     def normal(self, shape: tuple[int, ...], std: float) -> Array:
@@ -176,14 +188,14 @@ class Layer(nnx.Module):
 class GPT(nnx.Module):
     """Tokens to logits. `hidden` stops before the unembedding, which the fused loss applies itself.
 
-    With `shards` > 1 this is one of so many parts, of a `shard_config`, and `hidden` is all that it can do.
+    Of `shards` this is one part, of a `shard_config`, and cannot make logits.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, shards: int = 1):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, shards: Shards = WHOLE):
         init = Init(config, rngs, shards)
         V, D = config.padded_vocab_size or config.vocab_size, config.d_model
         draw = functools.partial(jax.random.normal, dtype=init.param_dtype)
-        self.config, self.split = config, init.split
+        self.config, self.splits_vocabulary = config, shards.vocabulary > 1
         self.embed = nnx.Param(config.init_std * draw(rngs.params(), (V, D)))
         table = (config.max_positions or 0, D)
         learned = config.position == "learned"
@@ -210,32 +222,46 @@ class GPT(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """The residual stream after the last norm, in `config.dtype`."""
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        x_BxTxD = self._embedded(tokens)
+        return self.final_norm(self.through(self.enter(tokens, positions), positions, segment_ids))
+
+    def enter(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+        """The residual stream before the first layer, in `config.dtype`."""
+        embed_VxD = self.embed[...]
+        if self.splits_vocabulary:
+            rows = tokens - vocabulary_index() * embed_VxD.shape[0]
+            here = (rows >= 0) & (rows < embed_VxD.shape[0])
+            x_BxTxD = jnp.where(here[..., None], embed_VxD[jnp.where(here, rows, 0)], 0)
+            # All summands but one are zero, so rounding first changes nothing but what has to be sent.
+            x_BxTxD = sum_of_vocabulary(x_BxTxD if self.positions is not None else x_BxTxD.astype(self.config.dtype))
+        else:
+            x_BxTxD = embed_VxD[tokens]
         if self.positions is not None:
-            x_BxTxD = x_BxTxD + self.positions[...][positions]
+            x_BxTxD = x_BxTxD + self.positions[...][_counted(positions, tokens.shape)]
+        return x_BxTxD.astype(self.config.dtype)
+
+    def through(
+        self,
+        x_BxTxD: Float[Array, "B T D"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The residual stream after the layers: all of them, or those that were bound."""
+        positions = _counted(positions, x_BxTxD.shape[:2])
         graph, stacked = nnx.split(self.layers)
 
         def one_layer(x_BxTxD: Array, params: Any) -> tuple[Array, None]:
             return nnx.merge(graph, params)(x_BxTxD, positions, segment_ids), None
 
-        x_BxTxD, _ = jax.lax.scan(
-            rematerialise(one_layer, self.config.remat), x_BxTxD.astype(self.config.dtype), stacked
-        )
-        return self.final_norm(x_BxTxD)
-
-    def _embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        embed_VxD = self.embed[...]
-        if not self.split:
-            return embed_VxD[tokens]
-        rows = tokens - shard_index() * embed_VxD.shape[0]
-        here = (rows >= 0) & (rows < embed_VxD.shape[0])
-        return sum_of_shards(jnp.where(here[..., None], embed_VxD[jnp.where(here, rows, 0)], 0))
+        return jax.lax.scan(rematerialise(one_layer, self.config.remat), x_BxTxD, stacked)[0]
 
     def unembedding(self) -> Float[Array, "V D"]:
         """The output matrix with its padded rows, in the parameters' dtype."""
         return self.embed[...] if self.unembed is None else self.unembed[...]
+
+
+def _counted(positions: Array | None, shape: tuple[int, ...]) -> Int[Array, "B T"]:
+    """The positions, by default 0 .. T-1 in each row."""
+    return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape) if positions is None else positions
 
 
 def head_dim(config: ModelConfig) -> int:
@@ -295,7 +321,7 @@ def attention_implementation(config: ModelConfig) -> str:
 
 
 @functools.cache
-def _skeleton(config: ModelConfig, shards: int = 1) -> tuple[Any, Any]:
+def _skeleton(config: ModelConfig, shards: Shards = WHOLE) -> tuple[Any, Any]:
     return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0), shards=shards)), nnx.Param)
 
 
@@ -309,8 +335,8 @@ def init_params(config: ModelConfig, key: jax.Array | int) -> Params:
     return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key)), nnx.Param))
 
 
-# The axis of each stacked parameter (L is axis 0) that is split over the shards of a layer.
-_TENSOR_AXES = {
+# The axis of each stacked parameter (L is axis 0) that counts heads or the MLP's width.
+_WIDTH_AXES = {
     **{f"attn/{name}/kernel": 2 for name in "qkv"},
     **{f"attn/{name}/bias": 1 for name in "qkv"},
     "attn/o/kernel": 1,
@@ -320,33 +346,57 @@ _TENSOR_AXES = {
 }
 
 
-def tensor_axes(config: ModelConfig) -> dict[str, Any]:
-    """For each parameter the axis of heads, of the MLP's width or of the vocabulary; `mesh.WHOLE` where it has none."""
+def param_axes(config: ModelConfig) -> dict[str, Any]:
+    """For each parameter a tuple of what its axes count, of those that meshes split; None for the others."""
 
-    def axis(path: Any, _: Any) -> int:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name in ("embed", "unembed"):
-            return 0
-        return _TENSOR_AXES.get(name.removeprefix("layers/"), WHOLE)
+    def axes(path: Any, leaf: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
+        group, _, name = _name(path).partition("/")
+        counts: dict[int, str] = {}
+        if group in ("embed", "unembed"):
+            counts[0] = VOCABULARY
+        elif group == "layers":
+            counts[0] = LAYERS
+        if name in _WIDTH_AXES:
+            counts[_WIDTH_AXES[name]] = WIDTH
+        return tuple(counts.get(i) for i in range(len(leaf.shape)))
 
-    return jax.tree_util.tree_map_with_path(axis, param_shapes(config))
+    return jax.tree_util.tree_map_with_path(axes, param_shapes(config))
 
 
-def shard_config(config: ModelConfig, shards: int) -> ModelConfig:
-    """The architecture of one of so many parts; `validate` has seen to it that they divide."""
-    return dataclasses.replace(
-        config,
-        n_heads=config.n_heads // shards,
-        n_groups=(config.n_groups or config.n_heads) // shards,
-        head_dim=head_dim(config),
-        d_ff=config.d_ff // shards,
-        padded_vocab_size=(config.padded_vocab_size or config.vocab_size) // shards,
+def in_compute_dtype(config: ModelConfig, params: Params) -> Params:
+    """The parameters with those rounded to `config.dtype` that every use of them rounds first.
+
+    So gathered and copied they take half the bytes and lead to the same numbers. Norms and the embedding stay: one is
+    computed in float32, into the other gradients are added up row by row.
+    """
+    rounded = re.compile(r"layers/(attn|mlp)/\w+/(kernel|bias)|unembed")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.astype(config.dtype) if rounded.fullmatch(_name(path)) else x, params
     )
 
 
-def bind(config: ModelConfig, params: Params, shards: int = 1) -> GPT:
-    """The module over these parameters; with `shards` > 1, one device's part of them, inside `mesh.per_device`."""
-    graph, shapes = _skeleton(shard_config(config, shards) if shards > 1 else config, shards)
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def shard_config(config: ModelConfig, shards: Shards) -> ModelConfig:
+    """The architecture of one of so many parts; `validate` has seen to it that they divide."""
+    return dataclasses.replace(
+        config,
+        n_heads=config.n_heads // shards.width,
+        n_groups=(config.n_groups or config.n_heads) // shards.width,
+        head_dim=head_dim(config),
+        d_ff=config.d_ff // shards.width,
+        padded_vocab_size=(config.padded_vocab_size or config.vocab_size) // shards.vocabulary,
+    )
+
+
+def bind(config: ModelConfig, params: Params, shards: Shards = WHOLE) -> GPT:
+    """The module over these parameters, or over some of them, to do what those can.
+
+    Of several `shards`, one device's part; inside `mesh.per_device`.
+    """
+    graph, shapes = _skeleton(shard_config(config, shards), shards)
     state = jax.tree.map(lambda x: x, shapes)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)

@@ -4,6 +4,7 @@ import logging
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kdjax import config as configs
@@ -13,6 +14,7 @@ from kdjax.data.dataset import Dataset
 from kdjax.model import param_shapes
 from kdjax.optim import schedule
 from kdjax.types import UserError
+from kdjax.validate import validate_split
 
 log = logging.getLogger("kdjax")
 
@@ -22,7 +24,12 @@ GIB = 2**30
 def check_devices(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError when these devices cannot do what the configuration asks of them."""
     meshes.check_split(mesh, config.batch)
+    validate_split(config, mesh.shape)
     device = mesh.devices.flat[0]
+    if meshes.spans_hosts(mesh, "tensor"):
+        log.warning(
+            "mesh.tensor = %d spans hosts, so that every layer waits for the network between them", mesh.shape["tensor"]
+        )
     if config.model.attention == "cudnn" and device.platform != "gpu":
         raise UserError(
             f"model.attention = 'cudnn' needs an NVIDIA GPU, and this is {device.device_kind}; 'xla' runs here"
@@ -50,9 +57,10 @@ def _sizes(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset) -> str:
     count = sum(int(np.prod(leaf.shape)) for leaf in leaves)
     moments = {"adamw": 2, "lion": 1, "sgd": 1}[config.optim.name]
     params = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-    # Shards of the parameters and the moments; the gradients and, gathered, the parameters of its layers whole.
-    shards, parts = config.mesh.fsdp, config.mesh.tensor
-    state = ((params + 4 * count * moments) // shards + 4 * count + (params if shards > 1 else 0)) // parts
+    # Of the layers that it computes: the gradients and, gathered, the parameters; of what it keeps: its shards.
+    parts, shards, replicas = mesh.shape["tensor"] * mesh.shape["pipe"], mesh.shape["fsdp"], meshes.replicas(mesh)
+    computing = 4 * count + jnp.dtype(config.model.dtype).itemsize * count
+    state = (computing + params // shards + 4 * count * moments // replicas) // parts
     T, K = config.data.sequence_length, train_set.top_k
     batch = config.batch.global_size * T * (8 * K + 16)
     device = mesh.local_devices[0]

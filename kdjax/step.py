@@ -1,14 +1,15 @@
 """The pure steps: make a state, train on a global batch, evaluate one. Jitted once each.
 
 A step sees the whole global batch. Every device gathers the parameters of which it holds a shard (the whole without
-`mesh.fsdp`) and scans over its microbatches, adding up gradients and sums; then one sum over the devices, which leaves
-each with its shard of the gradients, one division, one update.
+`mesh.fsdp`) and takes its microbatches one after the other, or several at once through the stages of a pipeline, adding
+up gradients and sums; then one sum over the devices, which leaves each with its shard of the gradients, one division,
+one update of that shard.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from kdjax import mesh as meshes
+from kdjax import pipeline
 from kdjax.config import Config
 from kdjax.losses import LossSums, linear_topk_kd_loss
-from kdjax.model import Params, bind, init_params, param_shapes, tensor_axes
+from kdjax.model import Params, bind, in_compute_dtype, init_params, param_axes, param_shapes
 from kdjax.optim import optimizer, schedule
 from kdjax.types import Batch, SumCount
 
 Metrics = dict[str, jax.Array]
 Sums = dict[str, SumCount]
-Tree = TypeVar("Tree")
 
 
 @jax.tree_util.register_dataclass
@@ -51,15 +52,14 @@ def init_state(config: Config, mesh: Mesh, params: Params | None = None) -> Trai
 def state_shardings(config: Config, mesh: Mesh) -> Any:
     """Where each array of the state lies, as a `TrainState` of shardings."""
     tx, whole = optimizer(config.optim), meshes.replicated(mesh)
-    params = param_shardings(config, mesh)
     opt_state = optax.tree.map_params(
         tx,
         lambda _, sharding: sharding,
         jax.eval_shape(tx.init, param_shapes(config.model)),
-        params,
+        meshes.shardings(mesh, _state_specs(config, mesh)),
         transform_non_params=lambda _: whole,
     )
-    return TrainState(cast(Any, whole), params, opt_state)
+    return TrainState(cast(Any, whole), param_shardings(config, mesh), opt_state)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> Any:
@@ -79,7 +79,13 @@ def param_shardings(config: Config, mesh: Mesh) -> Params:
 
 
 def _specs(config: Config, mesh: Mesh) -> Any:
-    return meshes.param_specs(mesh, param_shapes(config.model), tensor_axes(config.model))
+    """Of the parameters."""
+    return meshes.param_specs(mesh, param_shapes(config.model), param_axes(config.model))
+
+
+def _state_specs(config: Config, mesh: Mesh) -> Any:
+    """Of the gradients, and of what the optimiser keeps."""
+    return meshes.param_specs(mesh, param_shapes(config.model), param_axes(config.model), meshes.STATE_AXES)
 
 
 def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -89,27 +95,20 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
     and reports `skipped` = 1. The state is donated.
     """
     tx, rate = optimizer(config.optim), schedule(config.optim, config.train.steps)
-    specs = _specs(config, mesh)
-
-    def gradient(params: Params, batch: Batch) -> tuple[Params, Sums]:
-        params = meshes.gather_params(params, specs)
-        microbatches = _split(batch, config.batch.microbatch_size)
-        differentiate = jax.grad(functools.partial(_objective, config, mesh), has_aux=True)
-        grads, sums = _scan_sum(functools.partial(differentiate, params), microbatches)
-        return meshes.sum_to_shards(grads, specs), meshes.sum_over_batch_axes(sums)
-
-    gradient = meshes.per_device(gradient, mesh, (specs, meshes.ROWS), (specs, meshes.REPLICATED))
+    gradient, updated = _make_gradient(config, mesh), meshes.shardings(mesh, _state_specs(config, mesh))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, sums = gradient(state.params, batch)
         grads = jax.tree.map(lambda g: SumCount(g, sums["loss"].count).mean, grads)
         grad_norm, lr = optax.tree.norm(grads), rate(state.step)
-        directions, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, d: p - (lr * d).astype(p.dtype), state.params, directions)
+        # Each device updates what it keeps optimiser state of; what comes out is gathered to where parameters lie.
+        old = jax.lax.with_sharding_constraint(state.params, updated)
+        directions, opt_state = tx.update(grads, state.opt_state, old)
+        params = jax.tree.map(lambda p, d: p - (lr * d).astype(p.dtype), old, directions)
         tokens = sums["teacher_entropy"].count
         sound = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss"].sum) & (tokens > 0)
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(sound, new, old), (params, opt_state), (state.params, state.opt_state)
+            lambda new, old: jnp.where(sound, new, old), (params, opt_state), (old, state.opt_state)
         )
         metrics = {name: pair.mean for name, pair in sums.items()}
         metrics |= {
@@ -129,24 +128,80 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], Sums
     Both terms are measured whatever their weights, and always as means over tokens.
     """
     weights = config.loss.kd_loss_weight, config.loss.sft_loss_weight
-    specs = _specs(config, mesh)
+    specs, schedule = meshes.stage_specs(_specs(config, mesh)), _schedule(config, mesh)
 
-    def one(params: Params, microbatch: Batch) -> Sums:
-        sums = _loss_sums(config, mesh, params, microbatch, (1.0, 1.0))
+    def leave(shared: Params, y: jax.Array, microbatch: Batch) -> tuple[jax.Array, Sums]:
+        sums = _loss_sums(config, mesh, shared, y, microbatch, (1.0, 1.0))
         sums = sums._replace(loss=weights[0] * sums.kd_loss + weights[1] * sums.sft_loss)
-        return _by_token(config, sums, microbatch)
+        return sums.loss, _by_token(config, sums, microbatch)
+
+    parts = _parts(config, mesh, leave)
 
     def evaluate(params: Params, batch: Batch) -> Sums:
-        params = meshes.gather_params(params, specs)
-        microbatches = _split(batch, config.batch.microbatch_size)
-        return meshes.sum_over_batch_axes(_scan_sum(functools.partial(one, params), microbatches))
+        _, sums = pipeline.losses(parts, schedule, *_gathered(config, params, specs), _split(config, batch))
+        return meshes.sum_over_batch_axes(sums)
 
-    return jax.jit(meshes.per_device(evaluate, mesh, (specs, meshes.ROWS), meshes.REPLICATED))
+    local = meshes.per_device(evaluate, mesh, (specs, meshes.ROWS), meshes.REPLICATED)
+    return jax.jit(lambda params, batch: local(_by_stage(params, schedule), batch))
 
 
-def _objective(config: Config, mesh: Mesh, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
+def _make_gradient(config: Config, mesh: Mesh) -> Callable[[Params, Batch], tuple[Params, Sums]]:
+    """(parameters, global batch) to the gradient of the loss summed over the batch, and the sums."""
+    specs, grad_specs = meshes.stage_specs(_specs(config, mesh)), meshes.stage_specs(_state_specs(config, mesh))
+    schedule, parts = _schedule(config, mesh), _parts(config, mesh, functools.partial(_objective, config, mesh))
+    differentiate = {"1f1b": pipeline.gradients, "gpipe": pipeline.gpipe_gradients}[config.mesh.schedule]
+
+    def gradient(params: Params, batch: Batch) -> tuple[Params, Sums]:
+        shared, chunks = _gathered(config, params, specs)
+        grads, chunk_grads, sums = differentiate(parts, schedule, shared, chunks, _split(config, batch))
+        grads["layers"] = jax.tree.map(lambda g: jnp.expand_dims(g, 1), chunk_grads)
+        return meshes.sum_to_shards(grads, grad_specs), meshes.sum_over_batch_axes(sums)
+
+    local = meshes.per_device(gradient, mesh, (specs, meshes.ROWS), (grad_specs, meshes.REPLICATED))
+
+    def of_stacked(params: Params, batch: Batch) -> tuple[Params, Sums]:
+        grads, sums = local(_by_stage(params, schedule), batch)
+        return grads | {"layers": pipeline.stacked(grads["layers"])}, sums
+
+    return of_stacked
+
+
+def _schedule(config: Config, mesh: Mesh) -> pipeline.Schedule:
+    """Of this mesh and batch."""
+    microbatches = config.batch.global_size // (meshes.replicas(mesh) * config.batch.microbatch_size)
+    return pipeline.Schedule(mesh.shape["pipe"], config.mesh.interleave, microbatches)
+
+
+def _by_stage(params: Params, schedule: pipeline.Schedule) -> Params:
+    return params | {"layers": pipeline.by_stage(params["layers"], schedule)}
+
+
+def _gathered(config: Config, params: Params, specs: Any) -> tuple[Params, Params]:
+    """What all stages share and this stage's layers [v, L/(vP), ...], whole, ready to compute with."""
+    params = meshes.gather_params(in_compute_dtype(config.model, params), specs)
+    return params, jax.tree.map(lambda x: jnp.squeeze(x, 1), params.pop("layers"))
+
+
+Leave = Callable[[Params, jax.Array, Batch], tuple[jax.Array, Sums]]
+
+
+def _parts(config: Config, mesh: Mesh, leave: Leave) -> pipeline.Parts:
+    """The student cut in three."""
+    bound = functools.partial(bind, config.model, shards=meshes.shards(mesh))
+
+    def enter(shared: Params, batch: Batch) -> jax.Array:
+        return bound(shared).enter(batch.tokens, batch.positions)
+
+    def run(layers: Params, x: jax.Array, batch: Batch) -> jax.Array:
+        return bound({"layers": layers}).through(x, batch.positions, batch.segment_ids)
+
+    return pipeline.Parts(enter, run, leave)
+
+
+def _objective(config: Config, mesh: Mesh, shared: Params, y: jax.Array, batch: Batch) -> tuple[jax.Array, Sums]:
     """A microbatch's share of what is minimised, before the one division by the summed count of "loss"."""
-    sums = _loss_sums(config, mesh, params, batch, (config.loss.kd_loss_weight, config.loss.sft_loss_weight))
+    weights = config.loss.kd_loss_weight, config.loss.sft_loss_weight
+    sums = _loss_sums(config, mesh, shared, y, batch, weights)
     metrics = _by_token(config, sums, batch)
     if config.loss.reduction == "nemo":  # every microbatch counts as one, however many tokens it holds
         for name in ("loss", "kd_loss", "sft_loss"):
@@ -154,12 +209,15 @@ def _objective(config: Config, mesh: Mesh, params: Params, batch: Batch) -> tupl
     return metrics["loss"].sum, metrics
 
 
-def _loss_sums(config: Config, mesh: Mesh, params: Params, batch: Batch, weights: tuple[float, float]) -> LossSums:
+def _loss_sums(
+    config: Config, mesh: Mesh, shared: Params, y: jax.Array, batch: Batch, weights: tuple[float, float]
+) -> LossSums:
+    """Of the residual stream after the last layer."""
     loss, shards = config.loss, meshes.shards(mesh)
-    model = bind(config.model, params, shards)
+    model = bind(config.model, shared, shards)
     # Validation measures what K rows cannot tell; the choice for it is open then.
     implementation = None if loss.implementation == "gathered" and weights[1] != 0 else loss.implementation
-    hidden_BxTxD = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
+    hidden_BxTxD = model.final_norm(y)
     return linear_topk_kd_loss(
         hidden_BxTxD,
         model.unembedding().astype(hidden_BxTxD.dtype),
@@ -176,7 +234,7 @@ def _loss_sums(config: Config, mesh: Mesh, params: Params, batch: Batch, weights
         tail=loss.tail,
         log_sum_exp_logits=batch.log_sum_exp_logits,
         jsd_beta=loss.jsd_beta,
-        axis_name=meshes.VOCABULARY_AXES if shards > 1 else None,
+        axis_name=meshes.VOCABULARY_AXES if shards.vocabulary > 1 else None,
         vocab_size=None if loss.include_vocab_padding else config.model.vocab_size,
         implementation=implementation,
     )
@@ -203,14 +261,6 @@ def _masked_sum(batch: Batch, values_BxT: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(batch.loss_mask > 0, batch.loss_mask * values_BxT, 0))
 
 
-def _split(batch: Batch, microbatch_size: int) -> Batch:
+def _split(config: Config, batch: Batch) -> Batch:
     """[B, ...] leaves as [M, B/M, ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, microbatch_size, *x.shape[1:]), batch)
-
-
-def _scan_sum(f: Callable[[Batch], Tree], microbatches: Batch) -> Tree:
-    """The sum of `f` over the leading axis, one microbatch in memory at a time."""
-    first = jax.tree.map(lambda x: x[0], microbatches)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, first))
-    total, _ = jax.lax.scan(lambda total, mb: (jax.tree.map(jnp.add, total, f(mb)), None), zeros, microbatches)
-    return total
+    return jax.tree.map(lambda x: x.reshape(-1, config.batch.microbatch_size, *x.shape[1:]), batch)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from kdjax.config import Config, ModelConfig
@@ -26,6 +26,7 @@ CHOICES: dict[str, Collection[str]] = {
     "optim.name": ("adamw", "lion", "sgd"),
     "optim.schedule": ("cosine", "constant", "wsd"),
     "optim.decay_rule": ("megatron", "nemo"),
+    "mesh.schedule": ("1f1b", "gpipe"),
     "checkpoint.best_metric": ("loss", "kd_loss", "sft_loss"),
 }
 POSITIVE = {
@@ -36,6 +37,7 @@ POSITIVE = {
     "loss": "logits_scale target_logits_scale",
     "optim": "lr eps clip_norm",
     "train": "steps val_every val_batches save_every log_every early_stop_patience max_skipped_steps",
+    "mesh": "interleave",
     "checkpoint": "keep_last",
 }
 NOT_NEGATIVE = {
@@ -258,21 +260,44 @@ def _largest(size: int, below: int) -> int:
 
 
 def _mesh(config: Config) -> None:
-    if config.mesh.pipe != 1:
-        _fail("mesh.pipe", config.mesh.pipe, "this version has no pipeline; set it to 1, and mesh.tensor or mesh.fsdp")
-    model, tensor = config.model, config.mesh.tensor
-    if tensor < 1:
-        _fail("mesh.tensor", tensor, "give the number of devices a layer is split over, 1 for none")
-    for name in ("n_heads", "n_groups", "d_ff", "padded_vocab_size"):
+    sizes = {name: getattr(config.mesh, name) for name in ("pipe", "data", "fsdp", "tensor")}
+    for name, size in sizes.items():
+        if size != -1 and size < 1:
+            _fail(f"mesh.{name}", size, "give a number of devices, or -1 for all that the other sizes leave")
+    open_ended = [name for name, size in sizes.items() if size == -1]
+    if len(open_ended) > 1:
+        _fail(f"mesh.{open_ended[1]}", -1, f"mesh.{open_ended[0]} is -1 too; only one size can take what is left")
+    if config.mesh.interleave > 1 and config.mesh.pipe == 1:
+        _fail("mesh.interleave", config.mesh.interleave, "there are no stages to interleave; set mesh.pipe, or it to 1")
+    validate_split(config, {name: size for name, size in sizes.items() if size != -1})
+
+
+def validate_split(config: Config, sizes: Mapping[str, int]) -> None:
+    """Raises UserError where the model cannot be split over mesh axes of these sizes; those not given count as 1."""
+    model, pipe, tensor = config.model, sizes.get("pipe", 1), sizes.get("tensor", 1)
+    for name in ("n_heads", "n_groups", "d_ff"):
         size = getattr(model, name)
         if size % tensor:
             near = -(-size // tensor) * tensor
-            _fail(
-                "mesh.tensor",
-                tensor,
-                f"it must divide model.{name} = {size}; {_largest(size, tensor)} does, or {near} of those",
-            )
-    if config.mesh.fsdp < 1:
-        _fail("mesh.fsdp", config.mesh.fsdp, "give the number of shards of parameters and optimiser state, 1 for none")
-    if config.mesh.data != -1 and config.mesh.data < 1:
-        _fail("mesh.data", config.mesh.data, "give the number of devices, or -1 for all")
+            reason = f"it must divide model.{name} = {size}; {_largest(size, tensor)} does, or {near} of those"
+            _fail("mesh.tensor", tensor, reason)
+    rows = model.padded_vocab_size or model.vocab_size
+    if rows % (tensor * pipe):
+        near, fits = -(-rows // (tensor * pipe)) * tensor * pipe, _largest(rows, tensor * pipe)
+        _fail(
+            "model.padded_vocab_size",
+            rows,
+            f"embedding and head are split over mesh.tensor {tensor} x mesh.pipe {pipe} = {tensor * pipe} devices, which"
+            f" must divide it; {near} does, or {fits} devices",
+        )
+    stretch = pipe * config.mesh.interleave
+    if model.layers % stretch:
+        below, above = model.layers // stretch * stretch, -(-model.layers // stretch) * stretch
+        near = f"{below} or {above} layers" if below else f"{above} layers"
+        _fail(
+            "mesh.pipe",
+            pipe,
+            f"model.layers = {model.layers} cannot be cut into {stretch} equal runs (mesh.pipe {pipe} x mesh.interleave "
+            f"{config.mesh.interleave}); mesh.pipe {_largest(model.layers, pipe)} can, or {near} (model.keep_layers"
+            " picks some)",
+        )

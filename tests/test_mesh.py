@@ -15,10 +15,27 @@ def test_minus_one_takes_what_is_left() -> None:
     assert meshes.replicas(meshes.make_mesh(MeshConfig(fsdp=2))) == 8
 
 
-@pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(tensor=3), MeshConfig(data=16)])
-def test_sizes_that_do_not_fit(config: MeshConfig) -> None:
-    with pytest.raises(UserError, match=r"mesh.data=.* does not fit 8 devices; mesh.data=-1 uses them all"):
+@pytest.mark.parametrize(
+    ("config", "near"),
+    [
+        (MeshConfig(data=3), "these do: data=4 tensor=2; data=4 fsdp=2; data=8"),
+        (MeshConfig(tensor=3), "these do: .*tensor=4"),
+        (MeshConfig(data=16), "these do: data=8"),
+        (MeshConfig(pipe=3, data=2), "these do: pipe=4 data=2;"),
+        (MeshConfig(pipe=2, data=2, fsdp=-1, tensor=3), "these do: .*pipe=2 data=2 .*tensor=2"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told_those_that_do(config: MeshConfig, near: str) -> None:
+    with pytest.raises(UserError, match=rf"mesh.data=.* does not fit 8 devices; {near}"):
         meshes.make_mesh(config)
+
+
+def test_layers_stay_within_a_host() -> None:
+    """Devices in their order, the tensor axis innermost, stages farthest apart."""
+    mesh = meshes.make_mesh(MeshConfig(pipe=2, data=-1, tensor=2))
+    assert mesh.device_ids[0, :, 0].tolist() == [[0, 1], [2, 3]]
+    assert mesh.device_ids[:, 0, 0, 0].tolist() == [0, 4]
+    assert not meshes.spans_hosts(mesh, "tensor")
 
 
 def test_rows_are_contiguous_a_device() -> None:

@@ -71,59 +71,6 @@ def oracle(config: Config, batch: Batch) -> tuple[float, Any]:
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-# Devices, shards of the state, shards of a layer; and rows of a microbatch.
-DATA = [((1,), 1), ((1,), 2), ((1,), 4), ((1,), 8), ((2,), 1), ((2,), 4), ((4,), 2), ((8,), 1)]
-STATE = [((2, 2), 1), ((4, 2), 2), ((8, 4), 1), ((8, 8), 1)]
-TENSOR = [((2, 1, 2), 4), ((4, 2, 2), 1), ((8, 2, 2), 2), ((4, 1, 4), 8)]
-GPT2 = {"bias": True, "norm": "layernorm", "position": "learned", "max_positions": 12, "activation": "gelu"}
-QWEN = {"qk_norm": True, "qkv_bias": True, "tied": False}
-SPLITS = [
-    pytest.param(sizes, microbatch, architecture, id=f"{name}-{'x'.join(map(str, sizes))}-{microbatch}")
-    for name, architecture, splits in (
-        ("llama", {}, DATA + STATE + TENSOR),
-        ("gpt2", GPT2, TENSOR[1::2]),
-        ("qwen", QWEN, TENSOR[1::2]),
-    )
-    for sizes, microbatch in splits
-]
-
-
-@pytest.mark.parametrize(("mesh_sizes", "microbatch", "architecture"), SPLITS)
-def test_loss_and_update_whatever_the_split(
-    config: Config, mesh_sizes: tuple[int, ...], microbatch: int, architecture: dict[str, Any]
-) -> None:
-    """Rows carry unequal numbers of tokens, so only sums divided once can agree to 1e-6."""
-    heads = {"n_heads": 8, "n_groups": 4, "head_dim": 4, "padded_vocab_size": 64}
-    config = changed(config, model=heads | architecture)
-    batch = first_batch(config)
-    expected_loss, expected_gradient = oracle(config, batch)
-    # Plain descent with lr 1 and no clipping hands the gradient over as the difference of the parameters.
-    config = changed(
-        config,
-        batch={"microbatch_size": microbatch},
-        optim={
-            "name": "sgd",
-            "b1": 0.0,
-            "weight_decay": 0.0,
-            "clip_norm": None,
-            "schedule": "constant",
-            "lr": 1.0,
-            "warmup_steps": 0,
-        },
-    )
-    before = init_params(config.model, jax.random.key(config.train.seed))
-    state, metrics = one_step(config, batch, *mesh_sizes)
-    np.testing.assert_allclose(metrics["loss"], expected_loss, rtol=1e-6)
-    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(expected_gradient), rtol=1e-6)
-    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected_gradient))
-    jax.tree.map(
-        lambda new, old, g: np.testing.assert_allclose(old - new, g, rtol=1e-5, atol=1e-6 * scale),
-        state.params,
-        before,
-        expected_gradient,
-    )
-
-
 def test_nemo_reduction_is_the_mean_of_microbatch_means(config: Config) -> None:
     batch = first_batch(config)
     means = []

@@ -132,15 +132,30 @@ def test_shares(key: str) -> None:
         ),
         ({"optim__constant_steps": 1000}, r"optim.constant_steps = 1000: .*at most 49"),
         ({"optim__warmup_steps": 50}, r"optim.warmup_steps = 50: .*at most 49"),
-        ({"mesh__pipe": 2}, r"mesh.pipe = 2: this version has no pipeline"),
-        ({"mesh__fsdp": 0}, r"mesh.fsdp = 0: give the number of shards .*, 1 for none"),
-        ({"mesh__tensor": 0}, r"mesh.tensor = 0: give the number of devices a layer is split over"),
         ({"mesh__tensor": 3}, r"mesh.tensor = 3: it must divide model.n_heads = 4; 2 does, or 6 of those"),
         (
             {"mesh__tensor": 2, "model__vocab_size": 61, "model__padded_vocab_size": None},
-            r"mesh.tensor = 2: it must divide model.padded_vocab_size = 61; 1 does, or 62 of those",
+            r"model.padded_vocab_size = 61: .* mesh.tensor 2 x mesh.pipe 1 = 2 devices, which must divide it; 62 does",
         ),
-        ({"mesh__data": 0}, r"mesh.data = 0: give the number of devices, or -1"),
+        (
+            {"mesh__tensor": 2, "mesh__pipe": 2, "model__padded_vocab_size": 102},
+            r"model.padded_vocab_size = 102: .* mesh.tensor 2 x mesh.pipe 2 = 4 .*; 104 does, or 3 devices",
+        ),
+        (
+            {"mesh__pipe": 4, "model__layers": 6},
+            r"mesh.pipe = 4: model.layers = 6 cannot be cut into 4 equal runs .*; mesh.pipe 3 can, or 4 or 8 layers",
+        ),
+        (
+            {"mesh__pipe": 2, "mesh__interleave": 3, "model__layers": 4},
+            r"cut into 6 equal runs \(mesh.pipe 2 x mesh.interleave 3\); mesh.pipe 2 can, or 6 layers",
+        ),
+        ({"mesh__interleave": 2}, r"mesh.interleave = 2: there are no stages to interleave; set mesh.pipe"),
+        ({"mesh__schedule": "zb"}, r"mesh.schedule = 'zb': choose one of 1f1b, gpipe"),
+        ({"mesh__pipe": -1, "mesh__data": -1}, r"mesh.data = -1: mesh.pipe is -1 too; only one"),
+        *(
+            ({f"mesh__{name}": 0}, rf"mesh.{name} = 0: give a number of devices, or -1 for all")
+            for name in ("pipe", "data", "fsdp", "tensor")
+        ),
     ],
 )
 def test_what_cannot_work(changes: dict, message: str) -> None:
