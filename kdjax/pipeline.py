@@ -8,10 +8,10 @@ by tick: take what the neighbour sent, run one chunk forward on one microbatch, 
 microbatches are under way and memory does not grow with their number. Of each, a stage keeps the input, and computes
 the chunk again to differentiate it. Ticks come in three loops, forward only, both, backward only:
 
-    P = 3, M = 4      tick 0     1  |  2      3      4      5   |  6     7
-             stage 0  F0     F1     |  F2     F3 B0     B1  ..  |  ...
-             stage 1         F0     |  F1     F2 B0  F3 B1  ...
-             stage 2                |  F0 B0  F1 B1  F2 B2  F3 B3
+    P = 3, M = 4   tick 0   1   |  2      3      4      5     |  6   7
+          stage 0       F0  F1  |  F2     F3     B0     B1    |  B2  B3
+          stage 1           F0  |  F1     F2 B0  F3 B1  B2    |  B3
+          stage 2               |  F0 B0  F1 B1  F2 B2  F3 B3 |
 
 so that a step takes (P - 1) F + M (F + B) + (P - 1) B, which is 1F1B's own (M + P - 1)(F + B), with no branch that
 depends on the stage: idle stages compute on zeros, and wait for nobody. (With v = 1; else M v + P - 1 ticks' worth of

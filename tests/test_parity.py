@@ -62,9 +62,40 @@ def test_token_reduction_whatever_the_split(devices: int, microbatch_size: int, 
     assert_same(found, golden)
 
 
+MESHES = {
+    "data2-fsdp2-tensor2": {"mesh__fsdp": 2, "mesh__tensor": 2, "batch__microbatch_size": 2},
+    "pipe2-data2-tensor2": {"mesh__pipe": 2, "mesh__tensor": 2, "batch__microbatch_size": 1},
+}
+
+
+@pytest.mark.parametrize("split", MESHES)
 @pytest.mark.parametrize("variant", megatron.VARIANTS)
-def test_on_a_mesh(variant: str, tmp_path: Path) -> None:
-    """Rows, state and layers split in two each."""
+def test_on_a_mesh(variant: str, split: str, tmp_path: Path) -> None:
+    """Rows, state, layers and the stack of them split in two each."""
     golden = megatron.trajectory(variant)["runs"]["token_fwd"]["history"]
-    split = {"mesh__fsdp": 2, "mesh__tensor": 2, "batch__microbatch_size": 2}
-    assert_same(history(variant, "token_fwd", tmp_path, devices=8, **split), golden)
+    assert_same(history(variant, "token_fwd", tmp_path, devices=8, **MESHES[split]), golden)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_setting_through_a_pipeline(setting: str, tmp_path: Path) -> None:
+    """Two runs of layers a stage; "nemo" counts microbatches, so they keep their size."""
+    golden = megatron.trajectory("gpt2ish")["runs"][setting]["history"]
+    split = {"mesh__pipe": 2, "mesh__interleave": 2, "mesh__tensor": 2}
+    assert_same(history("gpt2ish", setting, tmp_path, devices=4, **split), golden)
+
+
+@pytest.mark.slow
+def test_a_mesh_learns_what_one_device_learns(tmp_path: Path) -> None:
+    """The quickstart's real records, 50 steps."""
+    config = configs.replace(configs.build(cli.load(CONFIG.with_name("quickstart.py"))), train__steps=50)
+    config = configs.replace(config, train__val_every=25, train__save_every=50, data__scratch_dir=str(tmp_path))
+    mesh = {"mesh__pipe": 2, "mesh__data": 2, "mesh__tensor": 2, "batch__microbatch_size": 2}
+    for name, changes, devices in (("one", {}, 1), ("mesh", mesh, 8)):
+        run(configs.replace(config, **changes), tmp_path / name, devices=jax.devices()[:devices])
+    for split in ("train", "val"):
+        one, on_mesh = (metrics.read(tmp_path / name, split) for name in ("one", "mesh"))
+        assert len(one) == {"train": 50, "val": 3}[split]
+        for name in ("loss", "kd_loss", "sft_loss"):
+            ours, expected = ([line[name] for line in lines] for lines in (on_mesh, one))
+            np.testing.assert_allclose(ours, expected, rtol=1e-3, err_msg=f"{split} {name}")
+    assert one[-1]["sft_loss"] < one[0]["sft_loss"] - 3
