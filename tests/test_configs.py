@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kdjax import cli, mesh
+from kdjax import cli, mesh, plan
 from kdjax import config as configs
 from kdjax.config import Config
 from kdjax.model import param_shapes
@@ -17,7 +17,23 @@ from kdjax.types import Batch
 from kdjax.validate import resolve, validate
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
-PARAMETERS = {"gpt2b_nemotron8b": 2.25e9, "parity_nemo": 238_144, "quickstart": 7_275_648}
+PARAMETERS = {
+    "gpt2b_nemotron8b": 2.25e9,
+    "llama8b_8xh100": 8.03e9,
+    "llama8b_64xh100": 8.03e9,
+    "nemotron15b_64xh100": 15.6e9,
+    "llama70b_512xh100": 70.6e9,
+    "parity_nemo": 238_144,
+    "quickstart": 7_275_648,
+}
+# H100s that a configuration is made for.
+MACHINES = {
+    "gpt2b_nemotron8b": 8,
+    "llama8b_8xh100": 8,
+    "llama8b_64xh100": 64,
+    "nemotron15b_64xh100": 64,
+    "llama70b_512xh100": 512,
+}
 
 
 def batch_shapes(config: Config, top_k: int) -> Batch:
@@ -47,10 +63,24 @@ def test_loads_validates_and_steps(path: Path) -> None:
     state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer(config.optim).init, shapes)
     )
-    step = make_train_step(config, mesh.make_mesh(config.mesh, jax.devices()[:1]))
+    step = make_train_step(config, mesh.make_mesh(configs.MeshConfig(), jax.devices()[:1]))
     new_state, metrics = jax.eval_shape(step, state, batch_shapes(config, top_k=4))
     assert shapes_of(new_state) == shapes_of(state)
     assert metrics["loss"].shape == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.usefixtures("compiler", "uncached")
+def test_fits_the_machine_it_is_made_for(name: str) -> None:
+    """Compiled for it: nine tenths of each card's memory are enough. On two cores that takes ten seconds or so."""
+    path = next(path for path in CONFIGS if path.stem == name)
+    config = configs.replace(configs.build(cli.load(path)), model__attention="xla")
+    assert config.data.sequence_length == 4096
+    assert config.batch.global_size >= 128
+    made = plan.make_plan(resolve(config), "h100", MACHINES[name])
+    assert made.fits, made.memory
+    assert made.compile_s < 60
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
