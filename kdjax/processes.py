@@ -1,8 +1,9 @@
 """Several processes as one run: how they find each other, agree, and end together when one fails.
 
 JAX's coordination service, which lives in process 0, notices processes that die: without a sign of life for the
-heartbeat's time they are named and the others aborted. Python's exceptions are told through the service's key-value
-store, which every process looks into once in a while. A run of one process meets nobody and pays for nothing.
+heartbeat's time they are named and the others aborted. Python's exceptions, and that nothing moves, are told through
+the service's key-value store, which every process looks into once in a while. A run of one process meets nobody and
+pays for nothing.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import socket
 import sys
 import threading
 import time
@@ -22,14 +22,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # the public jax.distributed does not hand out the key-value store
+from jax._src import clusters, distributed  # the public jax.distributed hands out neither address nor key-value store
 from jax.experimental import multihost_utils
 
+from kdjax import rollcall
+from kdjax.rollcall import named
 from kdjax.types import UserError
+from kdjax.watchdog import Hung, Watchdog
 
 log = logging.getLogger("kdjax")
 
 HEARTBEAT_S = 100  # JAX's default
+JOIN_S = 300  # JAX's default
+STEP_S = 1800  # the first step is compiled in it, and between two there may be a checkpoint to write
+HUNG = 124  # the exit code of timeout(1)
 LOOK_EVERY_S = 0.5  # for failures of others
 ANSWER_S = 5.0  # ten looks; who has not answered by then is dead or hangs
 FINISH_S = 3600  # between the first process and the last to come to the end: room for a checkpoint
@@ -77,6 +83,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=HEARTBEAT_S,
         help="without a sign of life for so long a process counts as dead and the run ends (default: %(default)s)",
     )
+    group.add_argument(
+        "--join-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=JOIN_S,
+        help="who has not come by then is named, and the run ends (default: %(default)s)",
+    )
+    group.add_argument(
+        "--step-timeout",
+        metavar="SECONDS",
+        type=float,
+        help="when no step, validation batch or checkpoint has ended for so long, say where each process is and end "
+        f"the run with {HUNG}; 0: never (default: {STEP_S} with several processes, else never)",
+    )
 
 
 def find_place(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -114,57 +134,84 @@ def find_place(arguments: argparse.Namespace, environment: Mapping[str, str] = o
 
 
 @contextlib.contextmanager
-def together(place: Place | None, heartbeat_s: int = HEARTBEAT_S) -> Iterator[None]:
+def together(
+    place: Place | None,
+    heartbeat_s: int = HEARTBEAT_S,
+    join_s: float = JOIN_S,
+    step_s: float | None = None,
+) -> Iterator[None]:
     """Meets the other processes, and leaves with them. To be entered before anything touches a device.
 
     Inside, only process 0 is heard: the others' standard output is dropped, and of their log what they alone know is
     kept. An exception that gets out ends all processes, with its text and where it happened told once; it does not
-    come out of here then.
+    come out of here then. The same ends them when nothing has `moved` on one of them for `step_s`.
     """
     if place is None:
-        yield
+        with _watched(step_s or 0, _end_alone):
+            yield
         return
-    _connect(place, heartbeat_s)
+    _connect(place, heartbeat_s, join_s)
     watch = _Watch(_client(), place)
     if place.process != 0:
         _quieten(place.process)
     try:
-        yield
+        with _watched(STEP_S if step_s is None else step_s, watch.fail):
+            yield
     except BaseException as error:
         watch.fail(error)
     watch.finish()
     jax.distributed.shutdown()
 
 
-def _connect(place: Place, heartbeat_s: int) -> None:
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM; SharedStop covers it
-    where = place.coordinator or "the address that the launcher's variables give"
-    given: dict[str, Any] = {}
-    if place.coordinator is not None:
-        if place.process == 0:
-            _require_free(place.coordinator)
-        given = {
-            "coordinator_address": place.coordinator,
-            "num_processes": place.processes,
-            "process_id": place.process,
-            "cluster_detection_method": "deactivate",
-        }
+_watchdog: Watchdog | None = None  # of this process, while it is to be watched
+
+
+def moved(what: str) -> None:
+    """This process has done something that a run which hangs would not do."""
+    if _watchdog is not None:
+        _watchdog.moved(what)
+
+
+@contextlib.contextmanager
+def _watched(step_s: float, end: Callable[[Hung], None]) -> Iterator[None]:
+    global _watchdog
+    if step_s <= 0:
+        yield
+        return
+    _watchdog = Watchdog(step_s, end)
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_s, **given)
+        yield
+    finally:
+        _watchdog.stop()
+        _watchdog = None
+
+
+def _end_alone(hung: Hung) -> None:
+    _leave(HUNG, f"error: {hung}")
+
+
+def _connect(place: Place, heartbeat_s: int, join_s: float) -> None:
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM; SharedStop covers it
+    address, local_devices = place.coordinator, None
+    if address is None:
+        unset = (os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None)
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(*unset, JOIN_S)
+        address, local_devices = found[0], found[3]
+        assert address is not None, "find_place saw the variables that JAX reads it from"
+    rollcall.meet(address, place.processes, place.process, join_s)
+    try:
+        jax.distributed.initialize(
+            address,
+            place.processes,
+            place.process,
+            local_devices,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=heartbeat_s,
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"process {place.process} of {place.processes} cannot meet the others at {where}: {error}"
+            f"process {place.process} of {place.processes} cannot meet the others at {address}: {error}"
         ) from error
-
-
-def _require_free(coordinator: str) -> None:
-    """Raises UserError when the port is taken: the service that is to listen there would crash the interpreter."""
-    try:
-        with socket.socket() as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was left a moment ago will do
-            trial.bind(("", int(coordinator.rpartition(":")[2])))
-    except OSError as error:
-        raise UserError(f"--coordinator {coordinator}: {error.strerror}; give another port") from error
 
 
 def _client() -> Any:
@@ -195,10 +242,12 @@ class _Watch:
             code, text = 2, str(error)
         elif isinstance(error, KeyboardInterrupt):
             code, text = 130, "stopped at once"
+        elif isinstance(error, Hung):
+            code, text = HUNG, str(error)
         else:
             code, text = 1, "".join(traceback.format_exception(error)).rstrip()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._client.key_value_set(f"{FAILED}{self._place.process}", json.dumps([code, text]))
+            self._tell(code, text)
             self._thread.join()  # which ends this process
         _leave(code, f"error on process {self._place.process} of {self._place.processes}: {text}")
 
@@ -220,21 +269,35 @@ class _Watch:
     def _end(self) -> None:
         """Process 0 hears all, speaks, and leaves last, because the service is in it."""
         client, number, count = self._client, self._place.process, self._place.processes
+        failures, watchdog = self._failures(), _watchdog
+        if any(code == HUNG for code, _ in failures.values()) and number not in failures and watchdog is not None:
+            # The one that waits too long first need not be the one that the others wait for.
+            self._tell(HUNG, watchdog.report())
         client.key_value_set(f"{ANSWERED}{number}", "")
         _until(lambda: len(client.key_value_dir_get(ANSWERED)) == count, ANSWER_S)
         time.sleep(LOOK_EVERY_S)  # what fails on one often fails on all
-        failures = {int(key.rpartition("/")[2]): json.loads(value) for key, value in client.key_value_dir_get(FAILED)}
+        failures = self._failures()
         answered = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(ANSWERED)}
         code = failures[min(failures)][0]
         if number != 0:
-            _until(lambda: bool(client.key_value_dir_get(TOLD)), 2 * ANSWER_S)
+            is_told = _until(lambda: bool(client.key_value_dir_get(TOLD)), 2 * ANSWER_S)
             client.key_value_set(f"{LEFT}{number}", "")
-            _leave(code, "")
+            # Where process 0 hangs, the first that does not speaks for it.
+            _leave(code, "" if is_told or number != min(answered - {0}) else _told(failures, answered, count))
         sys.stdout.flush()
         print(_told(failures, answered, count), file=sys.stderr, flush=True)
         client.key_value_set(f"{TOLD}0", "")
         _until(lambda: len(client.key_value_dir_get(LEFT)) >= len(answered) - 1, ANSWER_S)
         _leave(code, "")
+
+    def _tell(self, code: int, text: str) -> None:
+        failure = json.dumps([code, text])
+        self._client.key_value_set(f"{FAILED}{self._place.process}", failure, allow_overwrite=True)
+
+    def _failures(self) -> dict[int, tuple[int, str]]:
+        """Exit code and text of each process that has failed."""
+        told = self._client.key_value_dir_get(FAILED)
+        return {int(key.rpartition("/")[2]): json.loads(value) for key, value in told}
 
 
 def _told(failures: Mapping[int, tuple[int, str]], answered: set[int], count: int) -> str:
@@ -242,15 +305,10 @@ def _told(failures: Mapping[int, tuple[int, str]], answered: set[int], count: in
     lines = []
     for text in dict.fromkeys(text for _, text in failures.values()):
         having = [number for number, (_, other) in sorted(failures.items()) if other == text]
-        lines.append(f"error: {text}" if len(having) == count else f"error on {_named(having, count)}: {text}")
+        lines.append(f"error: {text}" if len(having) == count else f"error on {named(having, count)}: {text}")
     if silent := sorted(set(range(count)) - answered):
-        lines.append(f"error: no answer from {_named(silent, count)}: killed, or hanging; it may have failed first")
+        lines.append(f"error: no answer from {named(silent, count)}: killed, or hanging; it may have failed first")
     return "\n".join(lines)
-
-
-def _named(numbers: list[int], count: int) -> str:
-    few = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-    return f"process{'es' if len(numbers) > 1 else ''} {few} of {count}"
 
 
 def _until(holds: Callable[[], bool], patience_s: float) -> bool:
@@ -299,7 +357,7 @@ def require_same(values: Mapping[str, str]) -> None:
         others = np.flatnonzero((digest_Px16 != digest_Px16[0]).any(axis=-1)).tolist()
         if others:
             raise UserError(
-                f"{_named(others, jax.process_count())} differ from process 0 in {name}; give all the same command "
+                f"{named(others, jax.process_count())} differ from process 0 in {name}; give all the same command "
                 "line, and let all read the same files"
             )
 

@@ -17,7 +17,7 @@ from types import FrameType
 
 import jax
 
-from kdjax import cli, metrics, preamble, processes, rundir
+from kdjax import cli, metrics, preamble, processes, rundir, xla_flags
 from kdjax import config as configs
 from kdjax import mesh as meshes
 from kdjax.checkpoint import RunCheckpoints, adopt_architecture, load_params
@@ -103,9 +103,11 @@ class Trainer:
         elif self.has_stalled():
             return Outcome(state, None, "stopped early")
         recorder.pause()
+        processes.moved("the start")
         for step, batch in enumerate(self.batches(start), start):
             state, step_metrics = train_step(state, batch)
             recorder.add(step, step_metrics)
+            processes.moved(f"the dispatch of step {step}")
             done, last = step + 1, step + 1 == train.steps
             validates = last or done % train.val_every == 0
             if validates:
@@ -121,6 +123,7 @@ class Trainer:
                 self.checkpoints.save(state, meta, validation if validates else None)
             if validates or saves:
                 recorder.pause()
+                processes.moved(f"the end of step {step}")
             if ended != "complete":
                 break
         recorder.flush()
@@ -152,6 +155,7 @@ class Trainer:
         ):
             sums = self._eval_step(params, meshes.put_rows(self.mesh, batch))
             total = sums if total is None else {name: total[name] + sums[name] for name in sums}
+            processes.moved(f"a batch of the validation after {step} steps")
         assert total is not None  # a data set holds at least one record
         means = {name: float(pair.mean) for name, pair in total.items()} | {"tokens": float(total["loss"].count)}
         self.log_to.write(step, "val", means)
@@ -213,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Ctrl-C or SIGTERM to any process: finish the step, save, leave with 130; twice: at once."""
     parser = argparse.ArgumentParser(prog="python -m kdjax.train", description=__doc__)
     parser.add_argument("--workdir", metavar="RUN", type=Path, required=True, help="directory of this run")
+    xla_flags.add_flag(parser)
     processes.add_flags(parser)
     arguments, configuration = cli.parse(parser, argv)
     stop = threading.Event()
@@ -225,8 +230,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    with processes.together(processes.find_place(arguments), arguments.heartbeat):
+    patience = arguments.heartbeat, arguments.join_timeout, arguments.step_timeout
+    with processes.together(processes.find_place(arguments), *patience):
         config = configuration()
+        xla_flags.choose(arguments.xla, config.mesh.pipe)
         outcome = run(config, arguments.workdir, stop)
         step, steps = int(outcome.state.step), config.train.steps
         print(f"{outcome.ended} after step {step}/{steps}; metrics and checkpoints are in {arguments.workdir}")

@@ -1,7 +1,6 @@
 """Several processes through the real command lines: the same run, the same stop, the same end."""
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -14,14 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import toy
 import yaml
 from toy import StopAfter
 
-from kdjax import cli, launch, metrics, processes, train
+from kdjax import cli, launch, metrics, processes, train, xla_flags
 from kdjax import config as configs
 from kdjax.data.scratch import alone
 from kdjax.processes import Place
@@ -56,11 +54,11 @@ def write_config(directory: Path, **data: Any) -> Path:
 class Launched:
     """A run of two processes with four fake devices each, started with `python -m kdjax.launch`."""
 
-    def __init__(self, file: Path, workdir: Path):
+    def __init__(self, file: Path, workdir: Path, *flags: str):
         self.workdir = workdir
         command = f"-m kdjax.launch -n 2 --devices-per-process 4 -- kdjax.train --heartbeat {HEARTBEAT_S}".split()
         self.launcher = subprocess.Popen(
-            [sys.executable, *command, "--config", str(file), "--workdir", str(workdir)],
+            [sys.executable, *command, "--config", str(file), "--workdir", str(workdir), *flags],
             cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,
@@ -146,19 +144,6 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
     assert_same_losses(workdir, tmp_path / "whole", first + 10, rtol=1e-5)
 
 
-def test_an_error_on_one_process_ends_both_with_its_message(tmp_path: Path) -> None:
-    """Record 11 is the second process's in step 0, and damaged; the survey reads the first record only."""
-    file = write_config(tmp_path, shuffle=False, verify_records=1, val=())
-    lines = (tmp_path / "train.jsonl").read_text().splitlines()
-    lines[10] = json.dumps(json.loads(lines[10]) | {"labels": [99] * len(json.loads(lines[10])["labels"])})
-    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
-    code, output = Launched(file, tmp_path / "run").end()
-    assert code == 2, output
-    errors = [line for line in output.splitlines() if re.match(r"\d\| error", line)]
-    assert len(errors) == 1, output
-    assert re.match(r"0\| error on process 1 of 2: .*train.jsonl, record 11: labels\[1\] = 99 is outside", errors[0])
-
-
 @pytest.mark.parametrize("launcher", ["slurm", "open mpi"])
 def test_a_launchers_processes_meet_and_tell_a_shared_mistake_once(launcher: str, tmp_path: Path) -> None:
     """As `srun -n 2` and `mpirun -n 2` start them: without a flag. The port follows from the job's number."""
@@ -241,42 +226,6 @@ def test_where_a_process_belongs(environment: dict[str, str], flags: list[str], 
 def test_flags_that_name_no_place(environment: dict[str, str], flags: list[str], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         place(environment, *flags)
-
-
-def test_a_taken_port_is_named() -> None:
-    """Before the service is started there, which would crash."""
-    with socket.socket() as other:
-        other.bind(("", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(UserError, match=rf"--coordinator here:{port}: .*in use; give another port"):
-            processes._connect(Place(f"here:{port}", 2, 0), 10)
-    processes._require_free(f"here:{port}")
-
-
-def test_failures_are_told_once_with_those_they_happened_on() -> None:
-    told = processes._told
-    assert told({0: (2, "x"), 1: (2, "x")}, {0, 1}, 2) == "error: x"
-    assert told({1: (2, "x")}, {0, 1}, 2) == "error on process 1 of 2: x"
-    assert told({3: (2, "x"), 0: (2, "x"), 1: (1, "y")}, {0, 1, 2, 3}, 5).splitlines() == [
-        "error on processes 0, 3 of 5: x",
-        "error on process 1 of 5: y",
-        "error: no answer from process 4 of 5: killed, or hanging; it may have failed first",
-    ]
-
-
-def test_processes_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third process of four read other records."""
-
-    def gather(mine_2x16: np.ndarray) -> np.ndarray:
-        digests_4x2x16 = np.stack([mine_2x16] * 4)
-        digests_4x2x16[2, 1, 7] ^= 1
-        return digests_4x2x16
-
-    monkeypatch.setattr(jax, "process_count", lambda: 4)
-    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
-    with pytest.raises(UserError, match=r"process 2 of 4 differ from process 0 in the training records; give all"):
-        processes.require_same({"the configuration": "a", "the training records": "b"})
 
 
 def test_a_stop_is_seen_by_all_after_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,6 +315,7 @@ def known_flags() -> set[str]:
     """What kdjax.train takes."""
     parser = argparse.ArgumentParser()
     processes.add_flags(parser)
+    xla_flags.add_flag(parser)
     return {flag for action in parser._actions for flag in action.option_strings} | {"--config", "--workdir"}
 
 
@@ -384,7 +334,7 @@ def test_the_slurm_script_starts_training_and_requeues_what_was_interrupted(code
     started, *after = log.read_text().splitlines()
     assert " -u -m kdjax.train " in started
     assert started.endswith(" --config a.py --workdir r")
-    assert set(re.findall(r"--\w+", started.partition("kdjax.train")[2])) <= known_flags()
+    assert set(re.findall(r"--[\w-]+", started.partition("kdjax.train")[2])) <= known_flags()
     assert after == (["scontrol requeue 7"] if code == 130 else [])
 
 

@@ -59,6 +59,12 @@ def test_all_meet_whoever_comes_first_and_leave_the_port_free(address: str) -> N
             pass
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_an_address_may_be_of_the_sixth_version(address: str) -> None:
+    address = f"[::1]:{address.rpartition(':')[2]}"
+    assert outcomes(meet(address, 2, 0), meet(address, 2, 1)) == [None] * 2
+
+
 def test_those_who_do_not_come_are_named_with_those_who_did(address: str) -> None:
     first, third = outcomes(meet(address, 5, 0, patience_s=1), meet(address, 5, 2))
     assert isinstance(first, UserError)
