@@ -257,13 +257,19 @@ def of_last_stage(y: jax.Array) -> jax.Array:
     return _summed(jnp.where(stage_index() == jax.lax.axis_size("pipe") - 1, y, 0), "pipe")
 
 
-def to_next_stage(y: jax.Array) -> jax.Array:
-    """The previous stage's value; the first stage gets the last one's."""
-    stages = jax.lax.axis_size("pipe")
-    return jax.lax.ppermute(y, "pipe", [(s, (s + 1) % stages) for s in range(stages)])
+def to_next_stage(y: jax.Array, wraps: bool) -> jax.Array:
+    """The previous stage's value; the first stage gets the last one's, or zeros.
+
+    Sent along an open chain where that will do: XLA hides those sends behind compute, and not a ring's.
+    """
+    return jax.lax.ppermute(y, "pipe", _links(wraps))
 
 
-def to_previous_stage(ct: jax.Array) -> jax.Array:
-    """The next stage's value; the last stage gets the first one's."""
+def to_previous_stage(ct: jax.Array, wraps: bool) -> jax.Array:
+    """The next stage's value; the last stage gets the first one's, or zeros."""
+    return jax.lax.ppermute(ct, "pipe", [(to, of) for of, to in _links(wraps)])
+
+
+def _links(wraps: bool) -> list[tuple[int, int]]:
     stages = jax.lax.axis_size("pipe")
-    return jax.lax.ppermute(ct, "pipe", [((s + 1) % stages, s) for s in range(stages)])
+    return [(s, (s + 1) % stages) for s in range(stages if wraps else stages - 1)]

@@ -22,17 +22,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kdjax import mesh as meshes
 from kdjax.config import ModelConfig
-from kdjax.mesh import (
-    LAYERS,
-    VOCABULARY,
-    WIDTH,
-    Shards,
-    sum_of_shards,
-    sum_of_vocabulary,
-    to_shards,
-    vocabulary_index,
-)
+from kdjax.mesh import Shards
 
 log = logging.getLogger("kdjax")
 Params = dict[str, Any]
@@ -63,7 +55,7 @@ class Norm(nnx.Module):
             x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         scale = self.scale[...].astype(jnp.float32)
-        scale = to_shards(scale) if self.of_shards else scale
+        scale = meshes.to_shards(scale) if self.of_shards else scale
         x32 = x32 * (1 + scale if self.kind == "layernorm_1p" else scale)
         if self.bias is not None:
             x32 = x32 + self.bias[...].astype(jnp.float32)
@@ -88,7 +80,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = jnp.einsum(self.einsum, x, self.kernel[...].astype(self.dtype))
-        y = sum_of_shards(y) if self.sum_shards else y
+        y = meshes.sum_of_shards(y) if self.sum_shards else y
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -178,7 +170,7 @@ class Layer(nnx.Module):
         self.attn = Attention(config, init)
         self.mlp_norm = Norm(shape, config.norm, config.norm_eps, init.param_dtype)
         self.mlp = MLP(config, init)
-        self.enter = to_shards if init.split else lambda x: x
+        self.enter = meshes.to_shards if init.split else lambda x: x
 
     def __call__(self, x_BxTxD: Array, positions_BxT: Array, segment_ids_BxT: Array | None) -> Array:
         x_BxTxD = x_BxTxD + self.attn(self.enter(self.attn_norm(x_BxTxD)), positions_BxT, segment_ids_BxT)
@@ -228,11 +220,13 @@ class GPT(nnx.Module):
         """The residual stream before the first layer, in `config.dtype`."""
         embed_VxD = self.embed[...]
         if self.splits_vocabulary:
-            rows = tokens - vocabulary_index() * embed_VxD.shape[0]
+            rows = tokens - meshes.vocabulary_index() * embed_VxD.shape[0]
             here = (rows >= 0) & (rows < embed_VxD.shape[0])
             x_BxTxD = jnp.where(here[..., None], embed_VxD[jnp.where(here, rows, 0)], 0)
             # All summands but one are zero, so rounding first changes nothing but what has to be sent.
-            x_BxTxD = sum_of_vocabulary(x_BxTxD if self.positions is not None else x_BxTxD.astype(self.config.dtype))
+            x_BxTxD = meshes.sum_of_vocabulary(
+                x_BxTxD if self.positions is not None else x_BxTxD.astype(self.config.dtype)
+            )
         else:
             x_BxTxD = embed_VxD[tokens]
         if self.positions is not None:
@@ -353,11 +347,11 @@ def param_axes(config: ModelConfig) -> dict[str, Any]:
         group, _, name = _name(path).partition("/")
         counts: dict[int, str] = {}
         if group in ("embed", "unembed"):
-            counts[0] = VOCABULARY
+            counts[0] = meshes.VOCABULARY
         elif group == "layers":
-            counts[0] = LAYERS
+            counts[0] = meshes.LAYERS
         if name in _WIDTH_AXES:
-            counts[_WIDTH_AXES[name]] = WIDTH
+            counts[_WIDTH_AXES[name]] = meshes.WIDTH
         return tuple(counts.get(i) for i in range(len(leaf.shape)))
 
     return jax.tree_util.tree_map_with_path(axes, param_shapes(config))

@@ -62,6 +62,11 @@ class Schedule:
         return self.chunks * groups * self.stages if self.chunks > 1 else self.microbatches
 
     @property
+    def wraps(self) -> bool:
+        """Whether the first stage goes on with what the last one made."""
+        return self.chunks > 1
+
+    @property
     def ring(self) -> int:
         """Stage inputs that must be kept: one of each item between its forward and its backward tick."""
         return 2 * self.chunks * self.stages - 1
@@ -103,15 +108,14 @@ class Parts(NamedTuple):
     leave: Callable[[Any, Array, Any], tuple[Float[Array, ""], Any]]
 
 
-def by_stage(stacked: Tree, schedule: Schedule) -> Tree:
+def by_stage(stacked: Tree, stages: int, chunks: int) -> Tree:
     """Stacked arrays [L, ...] as [v, P, L/(vP), ...]: axis 1 is the stage's."""
-    v, P = schedule.chunks, schedule.stages
-    return jax.tree.map(lambda x: x.reshape(v, P, -1, *x.shape[1:]), stacked)
+    return jax.tree.map(lambda x: x.reshape(chunks, stages, -1, *x.shape[1:]), stacked)
 
 
-def stacked(by_stage: Tree) -> Tree:
+def stacked(staged: Tree) -> Tree:
     """The reverse of `by_stage`."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), by_stage)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), staged)
 
 
 def losses(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microbatches: Any) -> tuple[Array, Any]:
@@ -128,7 +132,7 @@ def losses(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microbatc
         _, y = stage.forward(received, t)
         if leaves:
             total = jax.tree.map(jnp.add, total, stage.leave(stage.parts.leave, y, t))
-        return (meshes.to_next_stage(y), total), None
+        return (meshes.to_next_stage(y, schedule.wraps), total), None
 
     entering, both, _ = schedule.phases
     carry = jnp.zeros(stage.x.shape, stage.x.dtype), stage.no_losses
@@ -171,7 +175,7 @@ def gradients(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microb
             x, y = stage.forward(carry.x, t)
             number = schedule.forward(t, stage.index).number
             inputs = lax.dynamic_update_index_in_dim(carry.inputs, x, number % schedule.ring, 0)
-            carry = dataclasses.replace(carry, x=meshes.to_next_stage(y), inputs=inputs)
+            carry = dataclasses.replace(carry, x=meshes.to_next_stage(y, schedule.wraps), inputs=inputs)
         if goes_forward and goes_backward:
             (shared_ct, y_ct), sums = stage.leave(stage.differentiated_leave, y, t)
             carry = dataclasses.replace(
@@ -268,7 +272,7 @@ class _Stage:
         shared_ct = self._when(first.chunk == 0, self._enter_ct, entered_ct, first.microbatch)
         return dataclasses.replace(
             carry,
-            x_ct=meshes.to_previous_stage(x_ct),
+            x_ct=meshes.to_previous_stage(x_ct, self.schedule.wraps),
             shared_ct=_add(carry.shared_ct, shared_ct),
             chunks_ct=self._add_to_chunk(carry.chunks_ct, chunk_ct, item.chunk),
         )

@@ -72,10 +72,12 @@ def _sizes(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset) -> str:
             f"parameters, gradients and optimiser state take {state / GIB:.1f} GiB ({count:,} parameters) and {device} "
             f"has {have / GIB:.1f} GiB; a smaller model, or a device with more memory"
         )
-    if batch // jax.process_count() * (config.data.prefetch + 1) > host:
+    rows = meshes.process_rows(mesh, config.batch.global_size)
+    here = batch * (rows.stop - rows.start) // config.batch.global_size
+    if here * (config.data.prefetch + 1) > host:
         raise UserError(
             f"batch.global_size {config.batch.global_size} x data.sequence_length {T} x {K} teacher entries take "
-            f"{batch / GIB:.1f} GiB a batch, {config.data.prefetch + 1} at once; the host has {host / GIB:.1f}; lower "
+            f"{here / GIB:.1f} GiB a batch, {config.data.prefetch + 1} at once; the host has {host / GIB:.1f}; lower "
             "data.top_k, data.prefetch or batch.global_size"
         )
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"

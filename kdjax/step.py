@@ -128,7 +128,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], Sums
     Both terms are measured whatever their weights, and always as means over tokens.
     """
     weights = config.loss.kd_loss_weight, config.loss.sft_loss_weight
-    specs, schedule = meshes.stage_specs(_specs(config, mesh)), _schedule(config, mesh)
+    specs = meshes.stage_specs(_specs(config, mesh))
 
     def leave(shared: Params, y: jax.Array, microbatch: Batch) -> tuple[jax.Array, Sums]:
         sums = _loss_sums(config, mesh, shared, y, microbatch, (1.0, 1.0))
@@ -138,42 +138,43 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], Sums
     parts = _parts(config, mesh, leave)
 
     def evaluate(params: Params, batch: Batch) -> Sums:
-        _, sums = pipeline.losses(parts, schedule, *_gathered(config, params, specs), _split(config, batch))
+        schedule, microbatches = _schedule(config, mesh, batch)
+        _, sums = pipeline.losses(parts, schedule, *_gathered(config, params, specs), microbatches)
         return meshes.sum_over_batch_axes(sums)
 
     local = meshes.per_device(evaluate, mesh, (specs, meshes.ROWS), meshes.REPLICATED)
-    return jax.jit(lambda params, batch: local(_by_stage(params, schedule), batch))
+    return jax.jit(lambda params, batch: local(_by_stage(config, mesh, params), batch))
 
 
 def _make_gradient(config: Config, mesh: Mesh) -> Callable[[Params, Batch], tuple[Params, Sums]]:
     """(parameters, global batch) to the gradient of the loss summed over the batch, and the sums."""
     specs, grad_specs = meshes.stage_specs(_specs(config, mesh)), meshes.stage_specs(_state_specs(config, mesh))
-    schedule, parts = _schedule(config, mesh), _parts(config, mesh, functools.partial(_objective, config, mesh))
+    parts = _parts(config, mesh, functools.partial(_objective, config, mesh))
     differentiate = {"1f1b": pipeline.gradients, "gpipe": pipeline.gpipe_gradients}[config.mesh.schedule]
 
     def gradient(params: Params, batch: Batch) -> tuple[Params, Sums]:
-        shared, chunks = _gathered(config, params, specs)
-        grads, chunk_grads, sums = differentiate(parts, schedule, shared, chunks, _split(config, batch))
+        schedule, microbatches = _schedule(config, mesh, batch)
+        grads, chunk_grads, sums = differentiate(parts, schedule, *_gathered(config, params, specs), microbatches)
         grads["layers"] = jax.tree.map(lambda g: jnp.expand_dims(g, 1), chunk_grads)
         return meshes.sum_to_shards(grads, grad_specs), meshes.sum_over_batch_axes(sums)
 
     local = meshes.per_device(gradient, mesh, (specs, meshes.ROWS), (grad_specs, meshes.REPLICATED))
 
     def of_stacked(params: Params, batch: Batch) -> tuple[Params, Sums]:
-        grads, sums = local(_by_stage(params, schedule), batch)
+        grads, sums = local(_by_stage(config, mesh, params), batch)
         return grads | {"layers": pipeline.stacked(grads["layers"])}, sums
 
     return of_stacked
 
 
-def _schedule(config: Config, mesh: Mesh) -> pipeline.Schedule:
-    """Of this mesh and batch."""
-    microbatches = config.batch.global_size // (meshes.replicas(mesh) * config.batch.microbatch_size)
-    return pipeline.Schedule(mesh.shape["pipe"], config.mesh.interleave, microbatches)
+def _schedule(config: Config, mesh: Mesh, batch: Batch) -> tuple[pipeline.Schedule, Batch]:
+    """A device's rows as microbatches, [B, ...] as [M, B/M, ...], and their way through the stages."""
+    microbatches = jax.tree.map(lambda x: x.reshape(-1, config.batch.microbatch_size, *x.shape[1:]), batch)
+    return pipeline.Schedule(mesh.shape["pipe"], config.mesh.interleave, len(microbatches.tokens)), microbatches
 
 
-def _by_stage(params: Params, schedule: pipeline.Schedule) -> Params:
-    return params | {"layers": pipeline.by_stage(params["layers"], schedule)}
+def _by_stage(config: Config, mesh: Mesh, params: Params) -> Params:
+    return params | {"layers": pipeline.by_stage(params["layers"], mesh.shape["pipe"], config.mesh.interleave)}
 
 
 def _gathered(config: Config, params: Params, specs: Any) -> tuple[Params, Params]:
@@ -259,8 +260,3 @@ def _xlogx(log_x: jax.Array) -> jax.Array:
 
 def _masked_sum(batch: Batch, values_BxT: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(batch.loss_mask > 0, batch.loss_mask * values_BxT, 0))
-
-
-def _split(config: Config, batch: Batch) -> Batch:
-    """[B, ...] leaves as [M, B/M, ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, config.batch.microbatch_size, *x.shape[1:]), batch)

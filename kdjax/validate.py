@@ -287,8 +287,8 @@ def validate_split(config: Config, sizes: Mapping[str, int]) -> None:
         _fail(
             "model.padded_vocab_size",
             rows,
-            f"embedding and head are split over mesh.tensor {tensor} x mesh.pipe {pipe} = {tensor * pipe} devices, which"
-            f" must divide it; {near} does, or {fits} devices",
+            f"embedding and head are split over mesh.tensor {tensor} x mesh.pipe {pipe} = {tensor * pipe} devices,"
+            f" which must divide it; {near} does, or {fits} devices",
         )
     stretch = pipe * config.mesh.interleave
     if model.layers % stretch:
@@ -297,7 +297,7 @@ def validate_split(config: Config, sizes: Mapping[str, int]) -> None:
         _fail(
             "mesh.pipe",
             pipe,
-            f"model.layers = {model.layers} cannot be cut into {stretch} equal runs (mesh.pipe {pipe} x mesh.interleave "
-            f"{config.mesh.interleave}); mesh.pipe {_largest(model.layers, pipe)} can, or {near} (model.keep_layers"
-            " picks some)",
+            f"model.layers = {model.layers} cannot be cut into {stretch} equal runs (mesh.pipe {pipe} x "
+            f"mesh.interleave {config.mesh.interleave}); mesh.pipe {_largest(model.layers, pipe)} can, or {near} "
+            "(model.keep_layers picks some)",
         )

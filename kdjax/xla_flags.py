@@ -59,7 +59,7 @@ SETS: dict[str, Options] = {
 
 def suited(pipe: int) -> str:
     """The set for GPUs where none is asked for."""
-    return "pipeline" if pipe > 1 else "overlap"
+    return "overlap" if pipe == 1 else "pipeline"
 
 
 def compiler_options(name: str) -> Options:

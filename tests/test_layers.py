@@ -24,10 +24,17 @@ LAYERS = {
     "kdjax.targets": 1,
     "kdjax.leaves": 1,
     "kdjax.processes": 1,
+    "kdjax.rollcall": 1,
+    "kdjax.watchdog": 1,
+    "kdjax.xla_flags": 1,
     "kdjax.model": 2,
+    "kdjax.pipeline": 2,
     "kdjax.step": 3,
     "kdjax.checkpoint": 3,
     "kdjax.rundir": 3,
+    "kdjax.estimate": 4,
+    "kdjax.plan_search": 4,
+    "kdjax.plan_picture": 4,
     "kdjax.cli": 4,
     "kdjax.preamble": 4,
     "kdjax.convert": 4,
@@ -39,8 +46,11 @@ LAYERS = {
 SIDEWAYS = {
     "kdjax.config": {"kdjax.types"},
     "kdjax.validate": {"kdjax.config", "kdjax.types"},
+    "kdjax.processes": {"kdjax.rollcall", "kdjax.watchdog"},
     "kdjax.checkpoint": {"kdjax.step"},
     "kdjax.convert": {"kdjax.cli"},
+    "kdjax.plan_search": {"kdjax.estimate"},
+    "kdjax.plan_picture": {"kdjax.estimate"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

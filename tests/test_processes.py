@@ -62,7 +62,7 @@ def test_a_process_that_hangs_ends_all_and_says_where(fault: str, tmp_path: Path
     ("fault", "said"),
     [
         ("pathlib.Path({train!r}).open('r+').truncate(300)", r", record \d+: not valid JSON"),
-        ("os.pread = lambda *a: os.read(-1, 1)", ".*: cannot read this file of records: Bad file descriptor; check"),
+        ("os.pread = lambda *a: os.read(-1, 1)", ", record .*: cannot read this record: Bad file descriptor; check"),
     ],
 )
 def test_records_that_only_one_process_cannot_read_any_more_end_both(fault: str, said: str, tmp_path: Path) -> None:

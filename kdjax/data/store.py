@@ -44,7 +44,7 @@ class RecordFile:
     def read(self, number: int) -> bytes:
         """The line of record `number` (from 0)."""
         size, offset = int(self.index.sizes[number]), int(self.index.offsets[number])
-        with explained(self.source.path, "read this file of records"):
+        with explained(self.where(number), "read this record"):
             return os.pread(self._descriptor, size, offset)
 
     def where(self, number: int) -> str:
