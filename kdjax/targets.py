@@ -18,7 +18,9 @@ DEVICES_PER_HOST = 8  # of the HGX and DGX boards these GPUs are sold on
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A GPU as XLA's compiler knows it. The figures are those of XLA's own `target_config` specifications."""
+    """A GPU as XLA's compiler knows it. The figures are those of XLA's own `target_config` specifications; the last
+    three, which XLA does not ask for, are of NVIDIA's data sheets for the GPUs and for DGX A100, H100, H200 and B200.
+    """
 
     description: str
     compute_capability: int  # the major version; the minor one is 0
@@ -31,6 +33,9 @@ class Target:
     l2_cache: int  # bytes
     shared_memory_per_core: int  # bytes
     shared_memory_per_block_optin: int  # bytes
+    peak: float  # operations/s, dense bfloat16
+    nvlink: float  # bytes/s in one direction, to the GPUs of the same host
+    port: float  # bytes/s in one direction, to other hosts: one InfiniBand port a GPU
 
     def config(self) -> str:
         """XLA's GpuTargetConfigProto, as text."""
@@ -76,6 +81,9 @@ _HOPPER = Target(
     l2_cache=52428800,
     shared_memory_per_core=233472,
     shared_memory_per_block_optin=232448,
+    peak=989e12,
+    nvlink=450e9,
+    port=50e9,
 )
 TARGETS = {
     "a100": Target(
@@ -90,6 +98,9 @@ TARGETS = {
         l2_cache=41943040,
         shared_memory_per_core=167936,
         shared_memory_per_block_optin=166912,
+        peak=312e12,
+        nvlink=300e9,
+        port=25e9,
     ),
     "h100": _HOPPER,
     "h200": dataclasses.replace(
@@ -104,6 +115,8 @@ TARGETS = {
         memory_bandwidth=7672320000000,
         memory=191514411008,
         l2_cache=132644864,
+        peak=2250e12,
+        nvlink=900e9,
     ),
 }
 
