@@ -2,7 +2,7 @@
 
   compute   each kernel of XLA's program takes the larger of its matmuls' operations / 0.75 of the card's dense bfloat16
             peak (XLA's GEMMs reach 0.76 to 0.87 of it on an H100) and its bytes / the card's memory bandwidth, each
-            operand and result moved once. Attention's scores [T, T] move no bytes: a fused attention keeps them on chip
+            operand and result moved once. Attention's scores move no bytes: a fused attention keeps them on chip
   wire      what each device sends by rings / NVLink's bandwidth; across hosts, the ports' (400 Gb/s each, A100: 200) of
             those devices of a host that take part: NCCL uses them all
   hidden    of a collective, as much as the kernels that XLA scheduled between its start and its end take; exposed: the
@@ -138,6 +138,12 @@ def schedule(config: Config, shape: dict[str, int]) -> Schedule:
 def due(schedule: Schedule) -> float:
     """The share of the ticks in which the step's conditionals, embedding and head, have a microbatch to work on."""
     return schedule.microbatches / len(schedule.phases[1]) if schedule.chunks > 1 else 1.0
+
+
+def scores(config: Config, shape: dict[str, int]) -> int:
+    """Elements of attention's scores, of one layer and microbatch on a device."""
+    heads = config.model.n_heads // shape["tensor"]
+    return config.batch.microbatch_size * heads * config.data.sequence_length**2
 
 
 def matmul_parameters(config: Config) -> int:

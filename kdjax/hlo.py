@@ -82,8 +82,8 @@ def collectives(program: str, devices: int, taken: float = 1.0, on_chip: int = 0
 def kernels(program: str, taken: float = 1.0, on_chip: int = 0) -> list[tuple[float, Work]]:
     """What each kernel of `compiled.as_text()` computes, and how often it runs.
 
-    Bytes are those of operands and results, a lower bound: each read or written once. Of matrices `on_chip` x `on_chip`
-    they do not count: attention's scores, for T positions, which a fused attention never writes.
+    Bytes are those of operands and results, a lower bound: each read or written once. Arrays of `on_chip` elements do
+    not count, in whatever shape: attention's scores, which a fused attention never writes.
     """
     return list(_Program(program, taken, on_chip).kernels("ENTRY", 1))
 
@@ -121,7 +121,7 @@ _FREE = re.compile(
 class _Program:
     def __init__(self, text: str, taken: float, on_chip: int, devices: int = 0):
         self.taken, self.devices = taken, devices
-        self.on_chip = re.compile(rf"[\[,]{on_chip},{on_chip}\]") if on_chip else None
+        self.on_chip = on_chip
         self.computations = dict(_computations(text))
         self.types = {name: {i.name: i.result for i in inside} for name, inside in self.computations.items()}
         self.flops_of: dict[str, int] = {}
@@ -187,7 +187,7 @@ class _Program:
         if _bytes(instruction.result) < _BOOKKEEPING:
             return Work(flops, 0)
         moved = [instruction.result, *(types[name] for name in instruction.operands if name in types)]
-        sizes = [_bytes(kind) for kind in moved if not (self.on_chip and self.on_chip.search(kind))]
+        sizes = [_bytes(kind, self.on_chip) for kind in moved]
         callees = {i.op for called in self._called(instruction) for i in self.computations[called]}
         if callees & {"dynamic-slice", "dynamic-update-slice", "gather", "scatter"}:
             sizes = [size for size in sizes if size < max(sizes)]  # of the largest, some rows only
@@ -231,8 +231,11 @@ def _sizes(result: str) -> list[int]:
     return [_BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in _shapes(result)]
 
 
-def _bytes(result: str) -> int:
-    return sum(_sizes(result))
+def _bytes(result: str, on_chip: int = 0) -> int:
+    """Of all arrays in a type but those of so many elements."""
+    return sum(
+        size for size, (_, shape) in zip(_sizes(result), _shapes(result), strict=True) if math.prod(shape) != on_chip
+    )
 
 
 def _result_bytes(result: str, started: bool) -> int:

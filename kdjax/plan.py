@@ -57,21 +57,22 @@ def make_plan(
     mesh = meshes.make_mesh(config.mesh, topology(kind, devices).devices)
     meshes.check_split(mesh, config.batch)
     shape = dict(mesh.shape)
-    flags = flags or ("pipeline" if shape["pipe"] > 1 else "overlap")
+    flags = flags or xla_flags.suited(shape["pipe"])
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh, config.data.top_k or top_k)
     began = time.monotonic()
     step: Any = make_train_step(config, mesh)
     given = os.environ.get("XLA_FLAGS", "")
     chosen = {name: value for name, value in xla_flags.compiler_options(flags).items() if f"--{name}=" not in given}
     program = step.lower(state, batch).compile(chosen | dict(options or {}))
-    taken, text = estimate.due(estimate.schedule(config, shape)), program.as_text()
+    text, on_chip = program.as_text(), estimate.scores(config, shape)
+    taken = estimate.due(estimate.schedule(config, shape))
     return Plan(
         config=config,
         target=kind,
         shape=shape,
         memory=_memory(estimate.held(config, mesh), program.memory_analysis()),
-        kernels=kernels(text, taken, config.data.sequence_length),
-        collectives=collectives(text, devices, taken, config.data.sequence_length),
+        kernels=kernels(text, taken, on_chip),
+        collectives=collectives(text, devices, taken, on_chip),
         flags=flags,
         compile_s=time.monotonic() - began,
     )
