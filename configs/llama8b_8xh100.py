@@ -3,7 +3,7 @@
 Purpose   the largest student that one host trains with room to spare
 Source    meta-llama/Llama-3.1-8B's config.json
 Hardware  8 H100 80 GB in one host
-Time      not measured; kdjax.plan estimates a step
+Time      5.9 s a step, by the estimate of kdjax.plan --search, which chose mesh, microbatch and remat; not measured
 Expect    not measured
 Run       python -m kdjax.launch -n 8 -- kdjax.train --config configs/llama8b_8xh100.py --workdir RUN
 """
@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
 
     config.batch = batch = ConfigDict()
     batch.global_size = 128  # rows, half a million tokens
-    batch.microbatch_size = 1
+    batch.microbatch_size = 2
 
     config.loss = loss = ConfigDict()
     loss.kd_loss_weight = 1.0
@@ -60,6 +60,6 @@ def get_config() -> ConfigDict:
 
     config.mesh = mesh = ConfigDict()
     mesh.fsdp = 4
-    mesh.tensor = 2  # halves what gathering a whole layer stack takes
+    mesh.tensor = 2  # halves the gradients and gathered parameters that each device holds
 
     return config.lock()

@@ -82,8 +82,9 @@ def collectives(program: str, devices: int, taken: float = 1.0, on_chip: int = 0
 def kernels(program: str, taken: float = 1.0, on_chip: int = 0) -> list[tuple[float, Work]]:
     """What each kernel of `compiled.as_text()` computes, and how often it runs.
 
-    Bytes are those of operands and results, a lower bound: each read or written once. Arrays of `on_chip` elements do
-    not count, in whatever shape: attention's scores, which a fused attention never writes.
+    Bytes are those of operands and results, a lower bound: each read or written once. Arrays of `on_chip` elements, or
+    of several times as many, do not count, in whatever shape: attention's scores, of one layer or of several stacked,
+    which a fused attention never writes.
     """
     return list(_Program(program, taken, on_chip).kernels("ENTRY", 1))
 
@@ -232,10 +233,13 @@ def _sizes(result: str) -> list[int]:
 
 
 def _bytes(result: str, on_chip: int = 0) -> int:
-    """Of all arrays in a type but those of so many elements."""
-    return sum(
-        size for size, (_, shape) in zip(_sizes(result), _shapes(result), strict=True) if math.prod(shape) != on_chip
-    )
+    """Of all arrays in a type but those of so many elements, or several times as many."""
+
+    def counts(elements: int) -> bool:
+        return not on_chip or elements < on_chip or elements % on_chip != 0
+
+    shapes = zip(_sizes(result), _shapes(result), strict=True)
+    return sum(size for size, (_, shape) in shapes if counts(math.prod(shape)))
 
 
 def _result_bytes(result: str, started: bool) -> int:
