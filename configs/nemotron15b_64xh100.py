@@ -1,6 +1,6 @@
 """Nemotron-4 15B's shape on eight hosts of eight H100s, from a 340B teacher's logits.
 
-Purpose   a student twice as large as what two ways of mesh.tensor leave room for
+Purpose   a student whose gradients want four ways of mesh.tensor to leave room for two rows at once
 Source    arXiv:2402.16819, table 1
 Hardware  64 H100 80 GB in 8 hosts, a 400 Gb/s port each
 Time      1.7 s a step, by the estimate of kdjax.plan --search, which chose mesh, microbatch and remat; not measured
