@@ -57,9 +57,10 @@ def _sizes(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset) -> str:
     count = sum(int(np.prod(leaf.shape)) for leaf in leaves)
     moments = {"adamw": 2, "lion": 1, "sgd": 1}[config.optim.name]
     params = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-    # Of the layers that it computes: the gradients and, gathered, the parameters; of what it keeps: its shards.
+    # Of what it computes with: the gradients and, gathered or rounded, the parameters; of what it keeps: its shards.
     parts, shards, replicas = mesh.shape["tensor"] * mesh.shape["pipe"], mesh.shape["fsdp"], meshes.replicas(mesh)
-    computing = 4 * count + jnp.dtype(config.model.dtype).itemsize * count
+    copied = shards > 1 or config.model.dtype != config.model.param_dtype
+    computing = 4 * count + (jnp.dtype(config.model.dtype).itemsize * count if copied else 0)
     state = (computing + params // shards + 4 * count * moments // replicas) // parts
     T, K = config.data.sequence_length, train_set.top_k
     batch = config.batch.global_size * T * (8 * K + 16)

@@ -55,7 +55,7 @@ def test_every_step_of_every_setting(variant: str, setting: str, tmp_path: Path)
     assert_same(history(variant, setting, tmp_path), golden)
 
 
-@pytest.mark.parametrize(("devices", "microbatch_size"), [(1, 1), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4), (8, 1)])
+@pytest.mark.parametrize(("devices", "microbatch_size"), [(1, 1), (1, 8), (2, 2), (8, 1)])
 def test_token_reduction_whatever_the_split(devices: int, microbatch_size: int, tmp_path: Path) -> None:
     golden = megatron.trajectory("llamaish")["runs"]["token_fwd"]["history"]
     found = history("llamaish", "token_fwd", tmp_path, devices=devices, batch__microbatch_size=microbatch_size)
@@ -76,8 +76,8 @@ def test_on_a_mesh(variant: str, split: str, tmp_path: Path) -> None:
     assert_same(history(variant, "token_fwd", tmp_path, devices=8, **MESHES[split]), golden)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_every_setting_through_a_pipeline(setting: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["nemo_fwd", "token_kdonly"])
+def test_settings_through_a_pipeline(setting: str, tmp_path: Path) -> None:
     """Two runs of layers a stage; "nemo" counts microbatches, so they keep their size."""
     golden = megatron.trajectory("gpt2ish")["runs"][setting]["history"]
     split = {"mesh__pipe": 2, "mesh__interleave": 2, "mesh__tensor": 2}
