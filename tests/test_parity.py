@@ -82,20 +82,3 @@ def test_settings_through_a_pipeline(setting: str, tmp_path: Path) -> None:
     golden = megatron.trajectory("gpt2ish")["runs"][setting]["history"]
     split = {"mesh__pipe": 2, "mesh__interleave": 2, "mesh__tensor": 2}
     assert_same(history("gpt2ish", setting, tmp_path, devices=4, **split), golden)
-
-
-@pytest.mark.slow
-def test_a_mesh_learns_what_one_device_learns(tmp_path: Path) -> None:
-    """The quickstart's real records, 50 steps."""
-    config = configs.replace(configs.build(cli.load(CONFIG.with_name("quickstart.py"))), train__steps=50)
-    config = configs.replace(config, train__val_every=25, train__save_every=50, data__scratch_dir=str(tmp_path))
-    mesh = {"mesh__pipe": 2, "mesh__data": 2, "mesh__tensor": 2, "batch__microbatch_size": 2}
-    for name, changes, devices in (("one", {}, 1), ("mesh", mesh, 8)):
-        run(configs.replace(config, **changes), tmp_path / name, devices=jax.devices()[:devices])
-    for split in ("train", "val"):
-        one, on_mesh = (metrics.read(tmp_path / name, split) for name in ("one", "mesh"))
-        assert len(one) == {"train": 50, "val": 3}[split]
-        for name in ("loss", "kd_loss", "sft_loss"):
-            ours, expected = ([line[name] for line in lines] for lines in (on_mesh, one))
-            np.testing.assert_allclose(ours, expected, rtol=1e-3, err_msg=f"{split} {name}")
-    assert one[-1]["sft_loss"] < one[0]["sft_loss"] - 3

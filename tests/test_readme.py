@@ -6,12 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import toy
 
+from kdjax import cli, metrics
 from kdjax import config as configs
+from kdjax.train import run
 from kdjax.validate import CHOICES
 
 ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "configs" / "quickstart.py"
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 
@@ -49,14 +54,21 @@ def test_python_blocks_run() -> None:
         exec(compile(text, "README.md", "exec"), {})
 
 
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Its run directory and what it prints, on one device, as a user has it."""
+    workdir = tmp_path_factory.mktemp("quickstart")
+    command = [sys.executable, "-m", "kdjax.train", "--config", str(QUICKSTART), "--workdir", str(workdir)]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True, timeout=600)
+    return workdir, done.stdout.splitlines()
+
+
 @pytest.mark.slow
-def test_quickstart_prints_what_the_readme_shows(tmp_path: Path) -> None:
+def test_quickstart_prints_what_the_readme_shows(quickstart: tuple[Path, list[str]]) -> None:
     """Every line of the README's quickstart output but the times, to two digits; and the promised end."""
     shown = next(text for kind, text in BLOCKS if kind == "text" and "validation" in text)
-    command = [sys.executable, "-m", "kdjax.train", "--config", "configs/quickstart.py", "--workdir", str(tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, as a user
-    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True, timeout=600)
-    printed = done.stdout.splitlines()
+    _, printed = quickstart
     for line in shown.splitlines():
         if "validation" in line:
             step = line.split()[1]
@@ -68,3 +80,19 @@ def test_quickstart_prints_what_the_readme_shows(tmp_path: Path) -> None:
             assert line in printed, line
     last = [line for line in printed if "validation" in line][-1]
     assert float(re.search(r"sft_loss ([\d.]+)", last)[1]) < 6.7
+
+
+@pytest.mark.slow
+def test_a_mesh_learns_what_one_device_learns(quickstart: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """The quickstart's first 50 steps on pipe 2 x data 2 x tensor 2."""
+    steps, workdir = 50, tmp_path / "run"
+    mesh = {"mesh__pipe": 2, "mesh__data": 2, "mesh__tensor": 2, "batch__microbatch_size": 2}
+    config = configs.replace(configs.build(cli.load(QUICKSTART)), **mesh, data__scratch_dir=str(tmp_path / "scratch"))
+    assert run(config, workdir, toy.StopAfter(steps - 1)).ended == "interrupted"
+    for split, lines in (("train", steps), ("val", 2)):
+        one, on_mesh = (metrics.read(directory, split)[:lines] for directory in (quickstart[0], workdir))
+        assert len(on_mesh) == lines
+        for name in ("loss", "kd_loss", "sft_loss"):
+            ours, expected = ([line[name] for line in history] for history in (on_mesh, one))
+            np.testing.assert_allclose(ours, expected, rtol=1e-3, err_msg=f"{split} {name}")
+    assert one[-1]["sft_loss"] < one[0]["sft_loss"] - 3
