@@ -4,13 +4,12 @@ import logging
 import os
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from kdjax import config as configs
 from kdjax import mesh as meshes
 from kdjax.config import Config
 from kdjax.data.dataset import Dataset
+from kdjax.estimate import held
 from kdjax.model import param_shapes
 from kdjax.optim import schedule
 from kdjax.types import UserError
@@ -53,15 +52,8 @@ def tell(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset, val_set: D
 
 
 def _sizes(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset) -> str:
-    leaves = jax.tree.leaves(param_shapes(config.model))
-    count = sum(int(np.prod(leaf.shape)) for leaf in leaves)
-    moments = {"adamw": 2, "lion": 1, "sgd": 1}[config.optim.name]
-    params = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-    # Of what it computes with: the gradients and, gathered or rounded, the parameters; of what it keeps: its shards.
-    parts, shards, replicas = mesh.shape["tensor"] * mesh.shape["pipe"], mesh.shape["fsdp"], meshes.replicas(mesh)
-    copied = shards > 1 or config.model.dtype != config.model.param_dtype
-    computing = 4 * count + (jnp.dtype(config.model.dtype).itemsize * count if copied else 0)
-    state = (computing + params // shards + 4 * count * moments // replicas) // parts
+    count = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config.model)))
+    state = sum(held(config, mesh).values())
     T, K = config.data.sequence_length, train_set.top_k
     batch = config.batch.global_size * T * (8 * K + 16)
     device = mesh.local_devices[0]
@@ -71,7 +63,7 @@ def _sizes(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset) -> str:
     if state > have:
         raise UserError(
             f"parameters, gradients and optimiser state take {state / GIB:.1f} GiB ({count:,} parameters) and {device} "
-            f"has {have / GIB:.1f} GiB; a smaller model, or a device with more memory"
+            f"has {have / GIB:.1f} GiB; mesh.tensor and mesh.pipe split all of them over more devices, mesh.fsdp some"
         )
     rows = meshes.process_rows(mesh, config.batch.global_size)
     here = batch * (rows.stop - rows.start) // config.batch.global_size

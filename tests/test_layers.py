@@ -49,6 +49,7 @@ SIDEWAYS = {
     "kdjax.processes": {"kdjax.rollcall", "kdjax.watchdog"},
     "kdjax.checkpoint": {"kdjax.step"},
     "kdjax.convert": {"kdjax.cli"},
+    "kdjax.preamble": {"kdjax.estimate"},
     "kdjax.plan_search": {"kdjax.estimate"},
     "kdjax.plan_picture": {"kdjax.estimate"},
 }

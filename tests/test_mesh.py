@@ -1,5 +1,8 @@
 """The mesh: sizes filled in or refused, rows of the global batch to processes and devices."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -35,7 +38,9 @@ def test_layers_stay_within_a_host() -> None:
     mesh = meshes.make_mesh(MeshConfig(pipe=2, data=-1, tensor=2))
     assert mesh.device_ids[0, :, 0].tolist() == [[0, 1], [2, 3]]
     assert mesh.device_ids[:, 0, 0, 0].tolist() == [0, 4]
-    assert not meshes.spans_hosts(mesh, "tensor")
+    hosts = np.vectorize(lambda number: SimpleNamespace(process_index=number // 4), otypes=[object])
+    two_hosts: Any = SimpleNamespace(devices=hosts(mesh.device_ids), shape=mesh.shape)
+    assert [axis for axis in meshes.AXES if meshes.spans_hosts(two_hosts, axis)] == ["pipe"]
 
 
 def test_rows_are_contiguous_a_device() -> None:
