@@ -13,7 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-RECORDS = Path(__file__).resolve().parent.parent / "tests" / "data" / "trajectory" / "llamaish"
+RECORDS = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "trajectory" / "llamaish"
 
 
 def get_config() -> ConfigDict:

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kdjax import mesh as meshes
 from kdjax.config import ModelConfig
-from kdjax.mesh import Shards
+from kdjax.parallel import mesh as meshes
+from kdjax.parallel.mesh import Shards
 
 log = logging.getLogger("kdjax")
 Params = dict[str, Any]
@@ -344,7 +344,7 @@ def param_axes(config: ModelConfig) -> dict[str, Any]:
     """For each parameter a tuple of what its axes count, of those that meshes split; None for the others."""
 
     def axes(path: Any, leaf: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
-        group, _, name = _name(path).partition("/")
+        group, _, name = param_name(path).partition("/")
         counts: dict[int, str] = {}
         if group in ("embed", "unembed"):
             counts[0] = meshes.VOCABULARY
@@ -365,11 +365,12 @@ def in_compute_dtype(config: ModelConfig, params: Params) -> Params:
     """
     rounded = re.compile(r"layers/(attn|mlp)/\w+/(kernel|bias)|unembed")
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: x.astype(config.dtype) if rounded.fullmatch(_name(path)) else x, params
+        lambda path, x: x.astype(config.dtype) if rounded.fullmatch(param_name(path)) else x, params
     )
 
 
-def _name(path: Any) -> str:
+def param_name(path: Any) -> str:
+    """A parameter's name from its path in the tree, such as "layers/attn/q/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

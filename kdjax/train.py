@@ -17,17 +17,19 @@ from types import FrameType
 
 import jax
 
-from kdjax import cli, metrics, preamble, processes, rundir, xla_flags
+from kdjax import cli
 from kdjax import config as configs
-from kdjax import mesh as meshes
 from kdjax.checkpoint import RunCheckpoints, adopt_architecture, load_params
-from kdjax.config import Config, DataConfig
+from kdjax.config import Config, DataConfig, command_line
+from kdjax.config.validate import resolve, validate
 from kdjax.data.dataset import Dataset, open_dataset
 from kdjax.data.loader import eval_batches, train_batches
+from kdjax.distributed import processes, xla_flags
 from kdjax.model import Params
-from kdjax.step import Sums, TrainState, init_state, make_eval_step, make_train_step, param_shardings
+from kdjax.parallel import mesh as meshes
+from kdjax.training import metrics, run_directory, summary
+from kdjax.training.step import Sums, TrainState, init_state, make_eval_step, make_train_step, param_shardings
 from kdjax.types import Batch
-from kdjax.validate import resolve, validate
 
 log = logging.getLogger("kdjax")
 
@@ -55,9 +57,9 @@ def run(
     config = resolve(adopt_architecture(config))
     validate(config)
     if processes.is_first():
-        rundir.claim(workdir, config)
+        run_directory.claim(workdir, config)
     mesh = meshes.make_mesh(config.mesh, devices)
-    preamble.check_devices(config, mesh)
+    summary.check_devices(config, mesh)
     train_set = _open(config, config.data, config.data.train)
     any_chunks = dataclasses.replace(config.data, n_chunks=None, n_examples_per_chunk=None)
     val_set = _open(config, any_chunks, config.data.val) if config.data.val else None
@@ -68,7 +70,7 @@ def run(
             "the validation records": val_set.fingerprint if val_set else "",
         }
     )
-    preamble.tell(config, mesh, train_set, val_set)
+    summary.tell(config, mesh, train_set, val_set)
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(RunCheckpoints(workdir, config)))
@@ -208,7 +210,7 @@ def _first_state(config: Config, mesh: jax.sharding.Mesh, checkpoints: RunCheckp
     if restored is None:
         return state
     state, meta = restored
-    rundir.check_data(meta["data"], data, config)
+    run_directory.check_data(meta["data"], data, config)
     print(f"taken up after step {int(state.step)}", flush=True)
     return state
 
@@ -219,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", metavar="RUN", type=Path, required=True, help="directory of this run")
     xla_flags.add_flag(parser)
     processes.add_flags(parser)
-    arguments, configuration = cli.parse(parser, argv)
+    arguments, configuration = command_line.parse(parser, argv)
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:

@@ -23,7 +23,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 @pytest.fixture
 def compiler() -> None:
     """What compiles for GPUs on a machine without one; skips where there is none."""
-    from kdjax.targets import topology
+    from kdjax.plan.gpus import topology
     from kdjax.types import UserError
 
     try:

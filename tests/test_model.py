@@ -5,7 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import megatron
+import megatron_goldens as megatron
 import numpy as np
 import pytest
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import toy
+import toy_problem as toy
 
-from kdjax import cli, metrics
 from kdjax import config as configs
+from kdjax.config import command_line
+from kdjax.config.validate import CHOICES
 from kdjax.train import run
-from kdjax.validate import CHOICES
+from kdjax.training import metrics
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.py"
@@ -87,7 +88,9 @@ def test_a_mesh_learns_what_one_device_learns(quickstart: tuple[Path, list[str]]
     """The quickstart's first 50 steps on pipe 2 x data 2 x tensor 2."""
     steps, workdir = 50, tmp_path / "run"
     mesh = {"mesh__pipe": 2, "mesh__data": 2, "mesh__tensor": 2, "batch__microbatch_size": 2}
-    config = configs.replace(configs.build(cli.load(QUICKSTART)), **mesh, data__scratch_dir=str(tmp_path / "scratch"))
+    config = configs.replace(
+        configs.build(command_line.load(QUICKSTART)), **mesh, data__scratch_dir=str(tmp_path / "scratch")
+    )
     assert run(config, workdir, toy.StopAfter(steps - 1)).ended == "interrupted"
     for split, lines in (("train", steps), ("val", 2)):
         one, on_mesh = (metrics.read(directory, split)[:lines] for directory in (quickstart[0], workdir))

@@ -15,14 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import toy
-from toy import StopAfter
+import toy_problem as toy
+from toy_problem import StopAfter
 
 from kdjax import config as configs
-from kdjax import metrics, train
+from kdjax import train
 from kdjax.checkpoint import load_model
 from kdjax.config import Config
 from kdjax.train import Outcome
+from kdjax.training import metrics
 from kdjax.types import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ COMMANDS = {
     "to-hf": "kdjax.convert.to_hf",
     "from-gguf": "kdjax.convert.from_gguf",
     "verify": "kdjax.convert.verify",
-    "inspect": "kdjax.convert.inspection",
+    "inspect": "kdjax.convert.inspect_model",
 }
 
 

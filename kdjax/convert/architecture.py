@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdjax.checkpoint import FREE_KEYS
+from kdjax.checkpoint.model_directory import FREE_KEYS
 from kdjax.config import ModelConfig, build
+from kdjax.config.validate import resolve_model, validate_model
 from kdjax.types import UserError
-from kdjax.validate import resolve_model, validate_model
 
 KEYS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in FREE_KEYS)
 NEEDED = ("layers", "d_model", "n_heads", "d_ff", "vocab_size")

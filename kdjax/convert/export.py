@@ -8,11 +8,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from kdjax.checkpoint import VOCABULARY_LEAVES
+from kdjax.checkpoint.arrays import Leaf
+from kdjax.checkpoint.model_directory import VOCABULARY_LEAVES
 from kdjax.config import ModelConfig
-from kdjax.convert.output import Progress
+from kdjax.convert.model_writer import Progress
 from kdjax.convert.rules import Rule, leaf_shapes, names, source_shapes
-from kdjax.leaves import Leaf
 from kdjax.types import UserError
 
 DTYPES = {

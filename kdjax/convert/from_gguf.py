@@ -17,7 +17,7 @@ from kdjax.config import ModelConfig
 from kdjax.convert.architecture import Stated, add_arch_argument, settle, table
 from kdjax.convert.huggingface.families import FAMILIES, settings
 from kdjax.convert.huggingface.rules import rules
-from kdjax.convert.output import refuse_existing, write_model
+from kdjax.convert.model_writer import refuse_existing, write_model
 from kdjax.convert.rules import plan
 from kdjax.convert.tensors import StoredTensor, transformed
 from kdjax.model import rope_frequencies

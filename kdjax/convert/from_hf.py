@@ -17,7 +17,7 @@ from kdjax.convert.huggingface import files
 from kdjax.convert.huggingface.families import Family, family_of, stated
 from kdjax.convert.huggingface.rules import SKIPPED, prefix
 from kdjax.convert.huggingface.rules import rules as family_rules
-from kdjax.convert.output import refuse_existing, write_model
+from kdjax.convert.model_writer import refuse_existing, write_model
 from kdjax.convert.tensors import Source, StoredTensor, equal
 from kdjax.types import UserError
 

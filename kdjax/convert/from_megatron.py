@@ -24,7 +24,7 @@ from kdjax.config import ModelConfig
 from kdjax.convert.architecture import Stated, add_arch_argument, settle, table
 from kdjax.convert.megatron import layout
 from kdjax.convert.megatron.rules import SKIP, rules
-from kdjax.convert.output import refuse_existing, write_model
+from kdjax.convert.model_writer import refuse_existing, write_model
 from kdjax.convert.rules import Plan, plan
 from kdjax.convert.tensors import StoredTensor, equal
 from kdjax.types import UserError

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from kdjax.checkpoint import params_directory, read_model_config, run_config
+from kdjax.checkpoint.arrays import open_leaves
 from kdjax.config import ModelConfig
 from kdjax.convert.export import DTYPES, Export, add_export_arguments
 from kdjax.convert.huggingface import files
 from kdjax.convert.huggingface.families import choose, settings
 from kdjax.convert.huggingface.rules import rules
-from kdjax.convert.output import appearing, disk_errors, refuse_existing, refuse_full_disk
-from kdjax.leaves import open_leaves
+from kdjax.convert.model_writer import appearing, disk_errors, refuse_existing, refuse_full_disk
 from kdjax.types import UserError
 
 

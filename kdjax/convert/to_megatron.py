@@ -18,16 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from kdjax.checkpoint import params_directory, read_model_config, run_config
+from kdjax.checkpoint.arrays import open_leaves
 from kdjax.config import ModelConfig
 from kdjax.convert.export import DTYPES, Export, add_export_arguments
+from kdjax.convert.megatron.dcp_writer import Shard, namespace, write
 from kdjax.convert.megatron.layout import TRACKER
 from kdjax.convert.megatron.ranks import LAYER
 from kdjax.convert.megatron.rules import rules
-from kdjax.convert.megatron.stating import to_args
-from kdjax.convert.megatron.writing import Shard, namespace, write
-from kdjax.convert.output import PROVENANCE, appearing, disk_errors, kdjax_version, refuse_existing, refuse_full_disk
-from kdjax.convert.pickling import Global
-from kdjax.leaves import open_leaves
+from kdjax.convert.megatron.to_args import to_args
+from kdjax.convert.model_writer import (
+    PROVENANCE,
+    appearing,
+    disk_errors,
+    kdjax_version,
+    refuse_existing,
+    refuse_full_disk,
+)
+from kdjax.convert.pytorch.pickle_writer import Global
 from kdjax.types import UserError
 
 RELEASE = "release"  # Megatron's word for weights without a training state

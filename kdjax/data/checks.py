@@ -10,8 +10,8 @@ import dataclasses
 import numpy as np
 
 from kdjax.config import DataConfig
-from kdjax.data.mending import merge_repeats, sort_entries
 from kdjax.data.records import Record, RecordError, located
+from kdjax.data.repair import merge_repeats, sort_entries
 
 # How far above 1 a sum of probabilities may be: bfloat16 moves log-probabilities of -8 to -16 by up to 0.03,
 # and raw logits and logsumexps of 32 to 64 by up to 0.125 each.

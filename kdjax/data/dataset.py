@@ -9,12 +9,12 @@ import numpy as np
 
 from kdjax.config import DataConfig
 from kdjax.data.checks import Rules
-from kdjax.data.files import resolve
+from kdjax.data.errors import progress_bar
+from kdjax.data.files.paths import resolve
+from kdjax.data.files.scratch import open_scratch
 from kdjax.data.manifest import Manifest, read_manifest, require_agreement, require_one_temperature
 from kdjax.data.packing import pack_rows
 from kdjax.data.records import Record
-from kdjax.data.reporting import progress_bar
-from kdjax.data.scratch import open_scratch
 from kdjax.data.store import RecordFile, RecordStore, choose
 from kdjax.data.survey import Survey, judge
 from kdjax.types import UserError

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from kdjax.config import DataConfig
-from kdjax.data.files import MANIFEST
-from kdjax.data.reporting import explained
+from kdjax.data.errors import explained
+from kdjax.data.files.paths import MANIFEST
 from kdjax.types import UserError
 
 

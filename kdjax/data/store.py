@@ -12,12 +12,12 @@ from jaxtyping import Int
 
 from kdjax.config import DataConfig
 from kdjax.data.checks import Findings, Rules, check
-from kdjax.data.files import Source
-from kdjax.data.index import NO_INDEX, Index, load_or_build
+from kdjax.data.errors import explained
+from kdjax.data.files.decompress import unpack
+from kdjax.data.files.index import NO_INDEX, Index, load_or_build
+from kdjax.data.files.paths import Source
+from kdjax.data.files.scratch import alone
 from kdjax.data.records import Record, RecordError, decode
-from kdjax.data.reporting import explained
-from kdjax.data.scratch import alone
-from kdjax.data.unpacking import unpack
 from kdjax.types import UserError
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kdjax.losses.closed_form import Picked
 from kdjax.losses.objective import Objective, Supervision
-from kdjax.losses.terms import Picked
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import toy
+import toy_problem as toy
 
 from kdjax import config as configs
 from kdjax.checkpoint import load_model, save_model
@@ -16,7 +16,7 @@ from kdjax.model import init_params
 from kdjax.train import run
 from kdjax.types import UserError
 
-GOLDEN = Path(__file__).parent.parent / "data" / "hf" / "llama"
+GOLDEN = Path(__file__).parent.parent / "fixtures" / "hf" / "llama"
 TOKENS = np.arange(14).reshape(2, 7)
 
 

@@ -13,7 +13,7 @@ from kdjax.checkpoint import load_model, read_model_config
 from kdjax.convert.__main__ import main
 from kdjax.types import UserError
 
-GOLDEN = Path(__file__).parent.parent / "data" / "hf" / "llama"
+GOLDEN = Path(__file__).parent.parent / "fixtures" / "hf" / "llama"
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",

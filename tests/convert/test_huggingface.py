@@ -1,6 +1,7 @@
 """Hugging Face checkpoints: transformers' own logits, bit-exact round trips, and what is told of those that do not fit.
 
-`tests/data/hf` was written by transformers (scripts/make_hf_goldens.py); scripts/check_hf.py has it read ours.
+`tests/fixtures/hf` was written by transformers (scripts/tools/make_hf_goldens.py);
+scripts/tools/check_hf.py has it read ours.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from kdjax.convert.huggingface.families import choose
 from kdjax.model import init_params
 from kdjax.types import UserError
 
-GOLDENS = Path(__file__).parent.parent / "data" / "hf"
+GOLDENS = Path(__file__).parent.parent / "fixtures" / "hf"
 FAMILIES = sorted(path.name for path in GOLDENS.iterdir())
 
 

@@ -3,12 +3,12 @@
 import json
 from typing import Any
 
-import megatron
+import megatron_goldens as megatron
 import pytest
 
 from kdjax.config import ModelConfig
 from kdjax.convert.architecture import Stated, settle, table
-from kdjax.convert.megatron.arguments import from_args, from_nemo, from_provider
+from kdjax.convert.megatron.from_args import from_args, from_nemo, from_provider
 from kdjax.types import UserError
 
 NEMO = {

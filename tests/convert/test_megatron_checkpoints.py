@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import megatron
+import megatron_goldens as megatron
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -20,7 +20,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from kdjax.checkpoint import load_model, load_params, read_model_config
 from kdjax.config import ModelConfig
-from kdjax.convert import output
+from kdjax.convert import model_writer
 from kdjax.convert.from_megatron import convert
 from kdjax.convert.megatron.names import canonical
 from kdjax.convert.megatron.rules import rules
@@ -211,7 +211,7 @@ def test_a_tied_copy_that_differs(tmp_path: Path) -> None:
 
 def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In plain lines, where standard error is no terminal."""
-    monkeypatch.setattr(output.Progress, "EVERY_S", 0.0)
+    monkeypatch.setattr(model_writer.Progress, "EVERY_S", 0.0)
     convert(megatron.unpacked("llamaish") / "torch_tp1pp1", tmp_path / "out")
     lines = capsys.readouterr().err.splitlines()
     assert lines

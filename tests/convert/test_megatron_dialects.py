@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import megatron
+import megatron_goldens as megatron
 import numpy as np
 import pytest
 import torch_writer as writer

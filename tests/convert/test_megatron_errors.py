@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import megatron
+import megatron_goldens as megatron
 import numpy as np
 import pytest
 import torch_writer as writer
 
 from kdjax import cli
 from kdjax.checkpoint import load_model
-from kdjax.convert import output
+from kdjax.convert import model_writer
 from kdjax.convert.__main__ import main
 from kdjax.convert.from_megatron import convert
 from kdjax.convert.tensors import in_file
@@ -208,13 +208,13 @@ def test_a_conversion_that_is_interrupted(source: Path, out: Path, monkeypatch: 
 
 def test_a_file_that_shrinks_while_it_is_converted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read that fails in the middle, such as of a network disk: nothing looks complete."""
-    lay_out = output._lay_out
+    lay_out = model_writer._lay_out
 
     def shrink(*arguments: Any) -> None:
         lay_out(*arguments)
         os.truncate(source / "iter_0000100" / "__3_0.distcp", 5000)
 
-    monkeypatch.setattr(output, "_lay_out", shrink)
+    monkeypatch.setattr(model_writer, "_lay_out", shrink)
     with pytest.raises(UserError, match=r"__3_0.distcp"):
         convert(source, out)
 

@@ -1,6 +1,6 @@
 """Models go out as Megatron checkpoints: the bytes that Megatron wrote, the architecture, and what cannot be said.
 
-That Megatron-Core loads them and computes the same logits is scripts/check_megatron.py's to show.
+That Megatron-Core loads them and computes the same logits is scripts/tools/check_megatron.py's to show.
 """
 
 import dataclasses
@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import megatron
+import megatron_goldens as megatron
 import ml_dtypes
 import numpy as np
 import pytest
-import toy
+import toy_problem as toy
 
 from kdjax import config as configs
 from kdjax.checkpoint import load_params, read_model_config, save_model
 from kdjax.config import ModelConfig
-from kdjax.convert import torchfile
 from kdjax.convert.__main__ import main
 from kdjax.convert.files import below, files_of
-from kdjax.convert.megatron import arguments, layout
-from kdjax.convert.megatron.stating import to_args
-from kdjax.convert.pickles import unpickle
+from kdjax.convert.megatron import from_args, layout
+from kdjax.convert.megatron.to_args import to_args
+from kdjax.convert.pytorch import file as torch_file
+from kdjax.convert.pytorch.unpickle import unpickle
 from kdjax.model import init_params
 from kdjax.train import run
 from kdjax.types import UserError
@@ -118,7 +118,7 @@ def test_in_another_dtype(variant: str, tmp_path: Path) -> None:
 
 
 def common(path: Path) -> dict[str, Any]:
-    return torchfile.load(below(files_of(path), "release")["common.pt"])
+    return torch_file.load(below(files_of(path), "release")["common.pt"])
 
 
 @pytest.mark.parametrize("checkpoint", [("gpt2ish", "torch_dist_tp1pp1"), ("llamaish", "torch_tp1pp2vpp2_bf16")])
@@ -184,7 +184,7 @@ def test_args_say_what_they_are_read_as() -> None:
         ("layernorm_epsilon", "norm_epsilon"),
     ):
         for name in (newer, older):
-            told = arguments.from_args({key: value for key, value in args.items() if key != name}, "here")
+            told = from_args.from_args({key: value for key, value in args.items() if key != name}, "here")
             assert (told["norm"].value, told["norm_eps"].value) == ("layernorm_1p", 3e-6)
 
 
@@ -266,7 +266,7 @@ def out(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills_up(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, calls = torchfile.save, []
+    save, calls = torch_file.save, []
 
     def until_full(*things: Any) -> int:
         calls.append(things)
@@ -274,7 +274,7 @@ def test_a_disk_that_fills_up(out: Path, tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return save(*things)
 
-    monkeypatch.setattr(torchfile, "save", until_full)
+    monkeypatch.setattr(torch_file, "save", until_full)
     with pytest.raises(UserError, match=r"out filled up before megatron was complete \(.*No space left .*nothing was"):
         main(["to-megatron", str(tmp_path / "model"), str(out)])
     assert len(calls) == 8
@@ -290,7 +290,7 @@ def test_a_disk_without_room_and_an_interruption(out: Path, tmp_path: Path, monk
     def interrupted(*things: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torchfile, "save", interrupted)
+    monkeypatch.setattr(torch_file, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(["to-megatron", str(tmp_path / "model"), str(out)])
 

@@ -1,4 +1,4 @@
-"""Checkpoints for tests, by the writers that `to-megatron` uses; scripts/check_megatron.py has Megatron read theirs."""
+"""Checkpoints for tests, by the writers that `to-megatron` uses; check_megatron.py has Megatron read theirs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.convert import torchfile
-from kdjax.convert.megatron.writing import Shard, namespace, write
+from kdjax.convert.megatron.dcp_writer import Shard, namespace, write
+from kdjax.convert.pytorch import file as torch_file
 
 __all__ = ["namespace", "save", "save_distributed"]
 
@@ -15,7 +15,7 @@ __all__ = ["namespace", "save", "save_distributed"]
 def save(path: Path, thing: Any) -> None:
     """What torch.save(thing, path) writes, arrays as tensors."""
     with path.open("wb") as file:
-        torchfile.save(file, thing)
+        torch_file.save(file, thing)
 
 
 def save_distributed(directory: Path, tensors: dict[str, np.ndarray], common: dict[str, Any]) -> None:

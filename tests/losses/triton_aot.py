@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-import aot
+import gpu_compiler as aot
 import jax
 import jax.numpy as jnp
 import jax_triton.triton_lib
@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from kdjax.losses import topk_kd_loss
-from kdjax.targets import topology
+from kdjax.plan.gpus import topology
 
 P = jax.sharding.PartitionSpec
 N = 4096

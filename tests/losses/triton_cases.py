@@ -14,11 +14,11 @@ import triton.runtime.interpreter as interpreter
 from loss_oracle import Inputs, assert_close, make_inputs, oracle
 from triton_on_cpu import Memory, interpret
 
-from kdjax.losses import triton as kernels
-from kdjax.losses import triton_kernels, xla
-from kdjax.losses.choice import Call
-from kdjax.losses.logits import token_losses
+from kdjax.losses.dispatch import Call
 from kdjax.losses.objective import Objective, Supervision, supervise
+from kdjax.losses.rows import triton as kernels
+from kdjax.losses.rows import triton_kernels, xla
+from kdjax.losses.token_losses import token_losses
 from kdjax.losses.vocabulary import Vocabulary
 
 # NumPy tells of the infinities that kernels compute and drop.

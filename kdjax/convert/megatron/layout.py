@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from kdjax.config import ModelConfig
-from kdjax.convert import torchfile
 from kdjax.convert.architecture import Stated
 from kdjax.convert.files import Files, Region, below, files_of
-from kdjax.convert.megatron import arguments, distributed, ranks
-from kdjax.convert.pickles import Inert
+from kdjax.convert.megatron import dcp_reader, from_args, ranks
+from kdjax.convert.pytorch import file as torch_file
+from kdjax.convert.pytorch.unpickle import Inert
 from kdjax.convert.tensors import StoredTensor
 from kdjax.types import UserError
 
@@ -56,16 +56,16 @@ def find(path: Path) -> Checkpoint:
 
 
 def _distributed(where: str, files: Files, around: Files, top: Files, nemo: Mapping[str, Any] | None) -> Checkpoint:
-    tensors = distributed.read(files)
-    common = torchfile.load(files["common.pt"]) if "common.pt" in files else {}
+    tensors = dcp_reader.read(files)
+    common = torch_file.load(files["common.pt"]) if "common.pt" in files else {}
     if not isinstance(common, dict):
         raise UserError(f"{files['common.pt'].label}: holds a {type(common).__name__}, not a checkpoint's dict")
     args = _attributes(common.get("args"))
     iteration = common.get("iteration")
     if args is not None:
-        stated = arguments.from_args(args, f"{where} (common.pt)")
+        stated = from_args.from_args(args, f"{where} (common.pt)")
     elif nemo is not None:
-        stated = arguments.from_nemo(nemo, f"{where} (model_config.yaml)")
+        stated = from_args.from_nemo(nemo, f"{where} (model_config.yaml)")
     else:
         stated = _from_provider(where, around, top)
     rows = tensors[EMBEDDING].shape[0] if EMBEDDING in tensors else None
@@ -77,13 +77,13 @@ def _ranked(where: str, regions: Mapping[tuple[int, int], Any], nemo: Mapping[st
     first = loaded[0, 0]
     args = _attributes(first.get("args"))
     if args is not None:
-        stated = arguments.from_args(args, regions[0, 0].label)
+        stated = from_args.from_args(args, regions[0, 0].label)
         for axis, name in enumerate(("tensor_model_parallel_size", "pipeline_model_parallel_size")):
             found = 1 + max(rank[axis] for rank in regions)
             if args.get(name) not in (None, found):
                 raise UserError(f"{where}: args.{name} is {args[name]}, but there are files of {found} such ranks")
     else:
-        stated = arguments.from_nemo(nemo, f"{where} (model_config.yaml)") if nemo is not None else {}
+        stated = from_args.from_nemo(nemo, f"{where} (model_config.yaml)") if nemo is not None else {}
     found_stages = ranks.stages(regions, loaded)
     # Megatron writes the version; a file of its own without one is of version 0. NeMo's have the newest order.
     version = float(first.get("checkpoint_version", 0 if "model" in first or "model0" in first else 3))
@@ -115,11 +115,11 @@ def _from_provider(where: str, around: Files, top: Files) -> dict[str, Stated]:
     for files in (around, top):
         run_config = _yaml(files, "run_config.yaml")
         if run_config is not None and isinstance(run_config.get("model"), Mapping):
-            return arguments.from_provider(run_config["model"], "run_config.yaml", f"{where} (run_config.yaml)")
+            return from_args.from_provider(run_config["model"], "run_config.yaml", f"{where} (run_config.yaml)")
         context = _yaml(files, "context/model.yaml")
         if context is not None:
             model = context.get("config", context)
-            return arguments.from_provider(model, "context/model.yaml", f"{where} (context/model.yaml)")
+            return from_args.from_provider(model, "context/model.yaml", f"{where} (context/model.yaml)")
     return {}
 
 
@@ -141,7 +141,7 @@ def _iteration_directory(path: Path, files: Files) -> str:
 def _tracked(tracker: Region) -> str:
     """The directory that a tracker file points to."""
     if tracker.path.name == BRIDGE_TRACKER:
-        step = torchfile.load(tracker).get("step")
+        step = torch_file.load(tracker).get("step")
         text = str(int(step.read()) if isinstance(step, StoredTensor) else step)
     else:
         text = tracker.read().decode(errors="replace").strip()

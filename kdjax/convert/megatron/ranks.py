@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from kdjax.config import ModelConfig
-from kdjax.convert import torchfile
 from kdjax.convert.files import Files, Region
 from kdjax.convert.megatron.names import by_name, canonical, join_split_maps
 from kdjax.convert.megatron.rules import SKIPPED
+from kdjax.convert.pytorch import file as torch_file
 from kdjax.convert.tensors import StoredTensor, concatenated, in_memory, transformed
 from kdjax.model import head_dim
 from kdjax.types import UserError
@@ -73,7 +73,7 @@ def rank_files(files: Files) -> dict[tuple[int, int], Region]:
 
 def load(regions: Mapping[tuple[int, int], Region]) -> dict[tuple[int, int], dict[str, Any]]:
     """Each rank's file: its top level, with tensors unread."""
-    loaded = {rank: torchfile.load(region) for rank, region in sorted(regions.items())}
+    loaded = {rank: torch_file.load(region) for rank, region in sorted(regions.items())}
     for rank, content in loaded.items():
         if not isinstance(content, dict):
             raise UserError(f"{regions[rank].label}: holds a {type(content).__name__}, not a checkpoint's dict")

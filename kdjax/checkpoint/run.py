@@ -1,0 +1,94 @@
+"""RUN/checkpoints: a training run's steps, saved and restored by Orbax.
+
+A step holds `params`, `opt_state` and `meta` apart, so that a model can be read without the optimiser.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from kdjax.checkpoint.model_directory import save_in_layers
+from kdjax.config import Config
+from kdjax.distributed import processes
+from kdjax.training.step import TrainState
+from kdjax.types import UserError
+
+log = logging.getLogger("kdjax")
+
+
+class RunCheckpoints:
+    """RUN/checkpoints: asynchronous saves; the newest and the best are kept."""
+
+    def __init__(self, workdir: Path, config: Config):
+        best, policies = config.checkpoint.best_metric, [keep.LatestN(config.checkpoint.keep_last)]
+        judges = config.checkpoint.keep_best > 0 and bool(config.data.val)
+        if judges:
+            lowest = keep.BestN(
+                get_metric_fn=lambda judged: judged[best],
+                reverse=True,
+                n=config.checkpoint.keep_best,
+                keep_checkpoints_without_metrics=False,
+            )
+            policies.append(lowest)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep.AnyPreservationPolicy(policies),
+            best_fn=(lambda judged: judged[best]) if judges else None,
+            best_mode="min",
+            cleanup_tmp_directories=True,
+        )
+        self._directory = workdir.absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def save(self, state: TrainState, meta: Mapping[str, Any], judged: Mapping[str, float] | None) -> None:
+        """Starts saving, with the validation's means if there are any; the state may be donated at once."""
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params, save_args=save_in_layers(state.params)),
+            opt_state=ocp.args.StandardSave(state.opt_state),
+            meta=ocp.args.JsonSave(dict(meta)),
+        )
+        self._manager.save(int(state.step), args=items, metrics=None if judged is None else dict(judged), force=True)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest step that can be read, in `like`'s shapes and shardings, with its meta; None if there is none.
+
+        A step that cannot be read is named loudly and the one before it is tried; nothing is deleted.
+        """
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            items = ocp.args.Composite(
+                params=ocp.args.StandardRestore(shapes.params),
+                opt_state=ocp.args.StandardRestore(shapes.opt_state),
+                meta=ocp.args.JsonRestore(),
+            )
+            try:
+                found = self._manager.restore(step, args=items)
+            except Exception as error:  # Orbax raises many kinds for a damaged step
+                path = self._directory / str(step)
+                if not processes.all_say(f"{path} cannot be read"):
+                    raise UserError(f"{path} cannot be read here, though other processes can: {error}") from error
+                log.warning("CHECKPOINT %s CANNOT BE READ, trying the one before: %s", path, error)
+                continue
+            number = jax.device_put(like.step * 0 + step, like.step.sharding)
+            return dataclasses.replace(like, step=number, params=found.params, opt_state=found.opt_state), found.meta
+        if steps:
+            raise UserError(
+                f"none of the checkpoints {steps} in {self._directory} can be read; move it away to start afresh"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Until the last save is complete. Raises what it failed of."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()

@@ -1,0 +1,1 @@
+"""Files of records: paths, decompression, index, scratch directory."""

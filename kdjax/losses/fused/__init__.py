@@ -1,0 +1,1 @@
+"""The loss from hidden states, chunk by chunk, without holding the logits."""

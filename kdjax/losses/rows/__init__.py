@@ -1,0 +1,1 @@
+"""Implementations of one pass over rows of logits: XLA, Pallas, Triton."""

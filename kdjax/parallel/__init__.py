@@ -1,0 +1,1 @@
+"""The device mesh, what is split over it, and the pipeline."""

@@ -1,0 +1,272 @@
+"""The Pallas kernels' arithmetic, interpreted on the CPU, against float64; what they compile to: test_losses_aot.py."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+from loss_oracle import Inputs, assert_close, jit, logsumexp, make_inputs, oracle
+
+from kdjax.losses.closed_form import Picked, evaluate, term_cotangents
+from kdjax.losses.objective import Objective, Supervision
+from kdjax.losses.rows import pallas
+from kdjax.losses.vocabulary import Vocabulary, taught_columns
+
+# (dtype, (N, V, K), settings, what of `make_inputs`). A tile is 4096 columns of float32, 8192 of 16-bit floats.
+CASES: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = [
+    ("float32", (7, 2, 1), {"kd_loss": "fwd_kl", "sft_loss_weight": 0.4}, {}),
+    ("float32", (5, 3, 3), {"kd_loss": "bwd_kl", "tail": "ghost", "sft_loss_weight": 0.4}, {}),
+    ("bfloat16", (3, 17, 4), {"kd_loss": "jsd", "jsd_beta": 0.3, "sft_loss_weight": 0.4}, {}),
+    ("float16", (5, 61, 61), {"kd_loss": "fwd_kl", "sft_loss_weight": 1.0, "kd_loss_weight": 0.0}, {}),
+    ("float32", (3, 4099, 61), {"kd_loss": "fwd_kl", "tail": "ghost", "logits_scale": 0.7}, {}),
+    ("float32", (2, 4096, 5), {"kd_loss": "bwd_kl", "sft_loss_weight": 0.4}, {}),
+    ("float32", (1, 12289, 5), {"kd_loss": "fwd_kl", "sft_loss_weight": 0.4}, {"absent": True}),
+    ("bfloat16", (2, 8209, 100), {"kd_loss": "bwd_kl", "sft_loss_weight": 0.4}, {"duplicates": True}),
+    ("float16", (3, 4099, 5), {"kd_loss": "jsd", "tail": "ghost"}, {"absent": True}),
+    ("float32", (3, 61, 100), {"kd_loss": "jsd", "sft_loss_weight": 0.4}, {"duplicates": True, "absent": True}),
+    ("float32", (3, 61, 5), {"kd_loss": "bwd_kl", "target_logits_scale": 1.5}, {"absent": True}),
+    ("bfloat16", (5, 61, 5), {"kd_loss": "jsd"}, {"duplicates": True}),
+    ("float32", (3, 61, 5), {"kd_loss": "fwd_kl", "tail": "ghost", "sft_loss_weight": 0.4}, {"offset": 1000.0}),
+    ("float32", (3, 61, 5), {"kd_loss": "fwd_kl", "sft_loss_weight": 0.4}, {"offset": -1000.0}),
+]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("dtype",))
+def interpret(
+    objective: Objective, size: int, logits: jax.Array, supervision: Supervision, weight: jax.Array, dtype: Any = None
+) -> tuple[Any, jax.Array]:
+    """(loss, kd, sft) [B, T], and the gradient of the loss summed with `weight`; columns from `size` on are padding."""
+    vocabulary = Vocabulary(size)
+    columns = taught_columns(objective, vocabulary, logits, supervision)
+    width = vocabulary.width(logits.shape[-1])
+    given = {"width": width, "interpret": True}
+    picked, kd, cache = pallas.sweep(
+        objective, logits, columns, log_sum=objective.needs_log_sum, supervision=supervision, **given
+    )
+    assert kd is not None
+    assert cache is None
+    zero = jnp.zeros_like(weight)
+    term_cts = term_cotangents(objective, (weight, zero, zero))
+    dtype = dtype or logits.dtype
+    gradient = pallas.spread(objective, logits, columns, picked, supervision, *term_cts, dtype=dtype, **given)
+    return evaluate(objective, picked, supervision, kd), gradient
+
+
+def supervision_of(inputs: Inputs) -> Supervision:
+    return Supervision(*map(jnp.asarray, (*inputs.teaching, inputs.log_sum_exp_logits)))
+
+
+def run(inputs: Inputs, size: int | None = None, dtype: Any = None, **settings: Any) -> tuple[Any, np.ndarray]:
+    logits, weight = jnp.asarray(inputs.logits), jnp.asarray(inputs.weight)
+    size = size or inputs.logits.shape[-1]
+    losses, gradient = interpret(Objective(**settings), size, logits, supervision_of(inputs), weight, dtype=dtype)
+    return [np.asarray(x) for x in losses], np.asarray(gradient)
+
+
+def assert_right(inputs: Inputs, dtype: str, found: tuple[Any, np.ndarray], **settings: Any) -> None:
+    losses, gradient = found
+    *truths, slope = oracle(inputs, **settings)
+    for ours, truth in zip(losses, truths, strict=True):
+        assert ours.dtype == np.float32
+        assert_close(ours, truth, "float32")
+    assert gradient.dtype == dtype
+    assert_close(gradient, slope * inputs.weight[..., None], dtype)
+
+
+@pytest.mark.parametrize(("dtype", "shape", "settings", "kind"), CASES, ids=lambda x: str(x).replace(" ", ""))
+def test_values_and_gradients(
+    dtype: str, shape: tuple[int, int, int], settings: dict[str, Any], kind: dict[str, Any]
+) -> None:
+    n, v, k = shape
+    inputs = make_inputs(n + v + k, (1, n, v, k), dtype, **kind)
+    assert_right(inputs, dtype, run(inputs, **settings), **settings)
+
+
+def test_a_masked_row_may_hold_anything_and_has_no_gradient() -> None:
+    settings = {"kd_loss": "jsd", "tail": "ghost", "sft_loss_weight": 0.4}
+    inputs = make_inputs(1, (1, 5, 61, 5))
+    losses, gradient = run(inputs, **settings)
+    masked = inputs.weight == 0
+    assert 0 < masked.sum() < masked.size
+    for array in (inputs.logits, inputs.topk_logits, inputs.log_sum_exp_logits):
+        array[masked] = np.nan
+    losses_beside, gradient_beside = run(inputs, **settings)
+    np.testing.assert_array_equal(gradient_beside[masked], 0)
+    np.testing.assert_array_equal(gradient_beside[~masked], gradient[~masked])
+    for ours, before in zip(losses_beside, losses, strict=True):
+        np.testing.assert_array_equal(ours[~masked], before[~masked])
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "ghost"])
+def test_student_minus_infinity_weighs_nothing(tail: str) -> None:
+    settings = {"kd_loss": "bwd_kl", "tail": tail, "sft_loss_weight": 0.4}
+    inputs = make_inputs(6, (1, 3, 4099, 4))
+    for at in np.ndindex(1, 3):
+        inputs.logits[at][inputs.topk_token_ids[at][1]] = -np.inf
+        untaught = np.setdiff1d(np.arange(4099), [*inputs.topk_token_ids[at], inputs.labels[at]])
+        inputs.logits[at][untaught[:4000]] = -np.inf  # most lanes see nothing else in the first tile
+    found = run(inputs, **settings)
+    inputs.logits = np.maximum(inputs.logits, -1e4)
+    assert_right(inputs, "float32", found, **settings)
+
+
+def test_an_id_outside_the_vocabulary_is_a_nan() -> None:
+    inputs = make_inputs(2, (1, 3, 61, 5))
+    inputs.topk_token_ids[0, 1, 2], inputs.labels[0, 2] = 61, -7
+    (_, kd, sft), _ = run(inputs, sft_loss_weight=0.4)
+    assert np.isnan(kd).tolist() == [[False, True, False]]
+    assert np.isnan(sft).tolist() == [[False, False, True]]
+
+
+@pytest.mark.parametrize("padding", [1e4, np.nan])
+@pytest.mark.parametrize(("v", "columns"), [(61, 64), (4099, 8200)])
+def test_padding_columns_stay_out(v: int, columns: int, padding: float) -> None:
+    settings = {"tail": "ghost", "sft_loss_weight": 0.4}
+    inputs = make_inputs(3, (1, 3, v, 5))
+    padded = make_inputs(3, (1, 3, v, 5))
+    padded.logits = np.pad(inputs.logits, [(0, 0), (0, 0), (0, columns - v)], constant_values=padding)
+    losses, gradient = run(padded, size=v, **settings)
+    np.testing.assert_array_equal(gradient[..., v:], 0)
+    assert_right(inputs, "float32", (losses, gradient[..., :v]), **settings)
+
+
+def test_a_row_of_padding_is_empty() -> None:
+    """As on the last shards of a small vocabulary."""
+    logits, columns = jnp.full((3, 17), jnp.nan), jnp.full((3, 5), 17, jnp.int32)
+    sweep = functools.partial(pallas.sweep, Objective(), log_sum=True, interpret=True)
+    picked, kd, _ = sweep(logits, columns, width=jnp.int32(0))
+    np.testing.assert_array_equal(picked.row_max, -np.inf)
+    np.testing.assert_array_equal(picked.log_sum, -np.inf)
+    np.testing.assert_array_equal(picked.topk, np.nan)
+    assert kd is None
+
+
+def test_shards_of_the_vocabulary() -> None:
+    """Each shard sweeps its columns; what they picked is joined, and each spreads to its columns from the whole."""
+    settings = {"kd_loss": "bwd_kl", "tail": "ghost", "sft_loss_weight": 0.4}
+    objective, v, w = Objective(**settings), 61, 21
+    inputs = make_inputs(4, (1, 5, v, 7))
+    supervision = supervision_of(inputs)
+    padded = np.pad(inputs.logits, [(0, 0), (0, 0), (0, 3 * w - v)], constant_values=1e4)
+    taught = np.concatenate([inputs.topk_token_ids, inputs.labels[..., None]], axis=-1)
+    shards, parts = [], []
+    for first in range(0, v, w):
+        here = (taught >= first) & (taught < first + w)
+        columns = jnp.asarray(np.where(here, taught - first, w).astype(np.int32))
+        logits, width = jnp.asarray(padded[..., first : first + w]), jnp.int32(min(w, v - first))
+        shards.append((logits, columns, width))
+        picked, kd, _ = pallas.sweep(objective, logits, columns, log_sum=True, width=width, interpret=True)
+        assert kd is None
+        assert np.isnan(picked.topk).tolist() == (~here[..., :-1]).tolist()
+        parts.append(picked)
+    row_max = np.max([part.row_max for part in parts], axis=0)
+    shifted = [part.log_sum + part.row_max - row_max for part in parts]
+    joined = Picked(
+        jnp.asarray(np.nansum([part.topk for part in parts], axis=0)),
+        jnp.asarray(np.nansum([part.label for part in parts], axis=0)),
+        jnp.asarray(row_max),
+        jnp.asarray(logsumexp(np.stack(shifted, axis=-1))),
+    )
+    weight = jnp.asarray(inputs.weight)
+    term_cts = term_cotangents(objective, (weight, 0 * weight, 0 * weight))
+    spread = functools.partial(pallas.spread, objective, dtype=padded.dtype, interpret=True)
+    gradients = [
+        spread(logits, columns, joined, supervision, *term_cts, width=width) for logits, columns, width in shards
+    ]
+    gradient = np.concatenate(gradients, axis=-1)
+    np.testing.assert_array_equal(gradient[..., v:], 0)
+    losses = [np.asarray(x) for x in evaluate(objective, joined, supervision)]
+    assert_right(inputs, "float32", (losses, gradient[..., :v]), **settings)
+
+
+def test_without_the_log_sum_nothing_of_the_row_is_made() -> None:
+    inputs = make_inputs(5, (1, 3, 61, 5))
+    columns = taught_columns(Objective(), Vocabulary(61), jnp.asarray(inputs.logits), supervision_of(inputs))
+    picked, _, _ = pallas.sweep(Objective(), jnp.asarray(inputs.logits), columns, log_sum=False, interpret=True)
+    assert picked.row_max is None
+    assert picked.log_sum is None
+    np.testing.assert_array_equal(picked.topk, np.take_along_axis(inputs.logits, inputs.topk_token_ids, axis=-1))
+
+
+def test_the_cotangent_takes_the_dtype_asked_for() -> None:
+    """Rounded once: a chunk's float32 logits have a bfloat16 cotangent, for the matmuls."""
+    settings = {"sft_loss_weight": 0.4}
+    inputs = make_inputs(7, (1, 3, 4099, 5))
+    assert_right(inputs, "bfloat16", run(inputs, dtype=jnp.bfloat16, **settings), **settings)
+
+
+def test_many_entries_are_merged_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Duplicates in different parts of the K add too, and so does the label beside them."""
+    settings = {"kd_loss": "fwd_kl", "sft_loss_weight": 0.4}
+    inputs = make_inputs(8, (1, 3, 17, 40), duplicates=True)
+    inputs.labels[:] = inputs.topk_token_ids[..., -1]
+    monkeypatch.setattr(pallas, "PAIRS", 512)  # 8 of the 64 at a time
+    interpret.clear_cache()
+    assert_right(inputs, "float32", run(inputs, **settings), **settings)
+    interpret.clear_cache()
+
+
+def test_under_vmap() -> None:
+    inputs = make_inputs(9, (4, 3, 61, 5))
+    whole = run(inputs, sft_loss_weight=0.4)
+    mapped = functools.partial(interpret, Objective(sft_loss_weight=0.4), 61)
+    rows = jax.vmap(jax.vmap(mapped))(jnp.asarray(inputs.logits), supervision_of(inputs), jnp.asarray(inputs.weight))
+    for ours, expected in zip(jax.tree.leaves(rows), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def kernels(logits: jax.Array, supervision: Supervision, weight: jax.Array) -> tuple[Any, jax.Array]:
+    """As `interpret`, for a GPU."""
+    objective = Objective(sft_loss_weight=0.4, tail="ghost")
+    columns = taught_columns(objective, Vocabulary(logits.shape[-1]), logits, supervision)
+    picked, kd, _ = pallas.sweep(objective, logits, columns, log_sum=True, supervision=supervision)
+    cotangents = (weight, weight)
+    return kd, pallas.spread(objective, logits, columns, picked, supervision, *cotangents, dtype=logits.dtype)
+
+
+def lowered(f: Any, *arguments: Any, devices: int = 1) -> str:
+    """The program for GPUs, as a machine without one can make it."""
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+# From JAX 0.11 on, whenever such a kernel is lowered. Python shows it to nobody unless asked.
+deprecated = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+
+@deprecated
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.vmap], ids=["whole", "vmap"])
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_lowers_for_a_gpu(dtype: str, x64: bool, wrap: Any) -> None:
+    inputs = make_inputs(0, (2, 3, 4099, 5), dtype)
+    with jax.enable_x64(x64):
+        text = lowered(wrap(kernels), jnp.asarray(inputs.logits), supervision_of(inputs), jnp.asarray(inputs.weight))
+    assert text.count("xla.gpu.triton") == 2
+    assert text.count("#stablehlo.output_operand_alias") == 1, "the gradient takes the logits' memory"
+
+
+@deprecated
+def test_under_shard_map() -> None:
+    """Types that say along which mesh axes a value varies come through; interpreted, JAX's own do not."""
+    inputs = make_inputs(10, (1, 8, 61, 5))
+    split = P(None, "data")
+    arguments = jnp.asarray(inputs.logits), supervision_of(inputs), jnp.asarray(inputs.weight)
+    checked = jax.shard_map(kernels, in_specs=split, out_specs=split, check_vma=True)
+    assert lowered(checked, *arguments, devices=8).count("xla.gpu.triton") == 2
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    f = functools.partial(interpret, Objective(sft_loss_weight=0.4), 61)
+    unchecked = jit(jax.shard_map(f, mesh=mesh, in_specs=split, out_specs=split, check_vma=False))
+    for ours, whole in zip(jax.tree.leaves(unchecked(*arguments)), jax.tree.leaves(f(*arguments)), strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_float64_is_for_others() -> None:
+    with jax.enable_x64(True), pytest.raises(AssertionError, match="float64"):
+        pallas.sweep(Objective(), jnp.zeros((1, 3), jnp.float64), jnp.zeros((1, 2), jnp.int32), log_sum=True)
