@@ -102,7 +102,7 @@ class Attention(nnx.Module):
     """Causal self-attention with grouped queries, rotary positions and an optional norm on queries and keys."""
 
     def __init__(self, config: ModelConfig, init: Init):
-        D, N, G, H = config.d_model, config.n_heads, config.n_groups or config.n_heads, head_dim(config)
+        D, N, G, H = config.d_model, config.n_heads, config.groups, config.head_width
         qkv_bias = config.bias or config.qkv_bias
         self.config = config
         self.q = Linear("BTD,DNH->BTNH", (D, N, H), (N, H) if qkv_bias else None, config.init_std, init)
@@ -185,7 +185,7 @@ class GPT(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, shards: Shards = WHOLE):
         init = Init(config, rngs, shards)
-        V, D = config.padded_vocab_size or config.vocab_size, config.d_model
+        V, D = config.vocab_rows, config.d_model
         draw = functools.partial(jax.random.normal, dtype=init.param_dtype)
         self.config, self.splits_vocabulary = config, shards.vocabulary > 1
         self.embed = nnx.Param(config.init_std * draw(rngs.params(), (V, D)))
@@ -258,11 +258,6 @@ def _counted(positions: Array | None, shape: tuple[int, ...]) -> Int[Array, "B T
     return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape) if positions is None else positions
 
 
-def head_dim(config: ModelConfig) -> int:
-    """Width of one head."""
-    return config.head_dim or config.d_model // config.n_heads
-
-
 def output_std(config: ModelConfig) -> float:
     """Initial deviation of the maps that write to the residual stream (GPT-2's and Megatron's scaled init)."""
     return config.init_std / (2 * config.layers) ** 0.5 if config.scaled_init else config.init_std
@@ -307,7 +302,7 @@ def attention_implementation(config: ModelConfig) -> str:
     """The chosen kernel of `jax.nn.dot_product_attention`; cuDNN takes 16-bit heads of at most 128 on GPUs."""
     if config.attention is not None:
         return config.attention
-    width = head_dim(config)
+    width = config.head_width
     fits = jnp.dtype(config.dtype).itemsize == 2 and width <= 128 and width % 8 == 0
     chosen = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
     log.info("attention: %s (model.attention is not set)", chosen)
@@ -379,10 +374,10 @@ def shard_config(config: ModelConfig, shards: Shards) -> ModelConfig:
     return dataclasses.replace(
         config,
         n_heads=config.n_heads // shards.width,
-        n_groups=(config.n_groups or config.n_heads) // shards.width,
-        head_dim=head_dim(config),
+        n_groups=config.groups // shards.width,
+        head_dim=config.head_width,
         d_ff=config.d_ff // shards.width,
-        padded_vocab_size=(config.padded_vocab_size or config.vocab_size) // shards.vocabulary,
+        padded_vocab_size=config.vocab_rows // shards.vocabulary,
     )
 
 

@@ -180,7 +180,7 @@ class Trainer:
 
 def _open(config: Config, data: DataConfig, paths: tuple[str, ...]) -> Dataset:
     model = config.model
-    stored = model.padded_vocab_size or model.vocab_size
+    stored = model.vocab_rows
     return open_dataset(
         paths,
         data,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kdjax.config import ModelConfig
-from kdjax.model import bind, head_dim, init_params, param_shapes
+from kdjax.model import bind, init_params, param_shapes
 
 TINY = ModelConfig(
     layers=3,
@@ -145,7 +145,7 @@ def test_layers_are_stacked_and_compile_once() -> None:
         return jax.jit(lambda p: bind(config, p)(TOKENS)).lower(param_shapes(config)).as_text()
 
     assert program(20).count("dot_general") == program(2).count("dot_general")
-    assert head_dim(TINY) == 6
+    assert TINY.head_width == 6
 
 
 def test_scaled_init_divides_by_the_root_of_twice_the_depth() -> None:

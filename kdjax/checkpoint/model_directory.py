@@ -174,7 +174,7 @@ def adopt_architecture(config: Config) -> Config:
     changes = {key: getattr(model, key) for key in FREE_KEYS}
     if model.keep_layers is not None:
         changes["layers"] = _count(model.keep_layers, found.layers)
-    stored_rows = found.padded_vocab_size or found.vocab_size
+    stored_rows = found.vocab_rows
     if model.padded_vocab_size is not None:
         changes["padded_vocab_size"] = model.padded_vocab_size
         if config.loss.include_vocab_padding and model.padded_vocab_size != stored_rows:

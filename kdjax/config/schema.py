@@ -61,6 +61,21 @@ class ModelConfig:
     attention: str | None = knob(None, "xla | cudnn; None: cudnn where it can run, else xla")
     tokenizer_sha256: str | None = knob(None, "digest of the tokenizer file, compared with the data's manifest")
 
+    @property
+    def groups(self) -> int:
+        """Key/value heads a layer (G)."""
+        return self.n_groups or self.n_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head (H)."""
+        return self.head_dim or self.d_model // max(self.n_heads, 1)
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding and unembedding, padding included."""
+        return self.padded_vocab_size or self.vocab_size
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:

@@ -79,9 +79,9 @@ def resolve_model(model: ModelConfig, sequence_length: int | None = None) -> Mod
     """The architecture with what follows from other values filled in; learned positions reach `sequence_length`."""
     return dataclasses.replace(
         model,
-        n_groups=model.n_groups or model.n_heads,
-        head_dim=model.head_dim or model.d_model // max(model.n_heads, 1),
-        padded_vocab_size=model.padded_vocab_size or model.vocab_size,
+        n_groups=model.groups,
+        head_dim=model.head_width,
+        padded_vocab_size=model.vocab_rows,
         max_positions=model.max_positions or sequence_length if model.position == "learned" else None,
     )
 
@@ -132,7 +132,7 @@ def _ranges(config: Config, prefix: str = "") -> None:
 
 
 def _model(model: ModelConfig) -> None:
-    groups, head_dim = model.n_groups or model.n_heads, model.head_dim or 0
+    groups, head_dim = model.groups, model.head_width
     if model.n_heads % groups:
         near = max(g for g in range(1, model.n_heads + 1) if model.n_heads % g == 0 and g <= max(groups, 1))
         _fail(
@@ -157,7 +157,7 @@ def _model(model: ModelConfig) -> None:
         _fail("model.rope_llama3", llama3, "give factor, low, high (above low), original positions; 8,1,4,8192 in 3.1")
     if model.keep_layers is not None and model.init_from is None:
         _fail("model.keep_layers", model.keep_layers, "it picks layers of model.init_from; set that too")
-    if (model.padded_vocab_size or model.vocab_size) < model.vocab_size:
+    if model.vocab_rows < model.vocab_size:
         _fail(
             "model.padded_vocab_size",
             model.padded_vocab_size,
@@ -281,7 +281,7 @@ def validate_split(config: Config, sizes: Mapping[str, int]) -> None:
             near = -(-size // tensor) * tensor
             reason = f"it must divide model.{name} = {size}; {_largest(size, tensor)} does, or {near} of those"
             _fail("mesh.tensor", tensor, reason)
-    rows = model.padded_vocab_size or model.vocab_size
+    rows = model.vocab_rows
     if rows % (tensor * pipe):
         near, fits = -(-rows // (tensor * pipe)) * tensor * pipe, _largest(rows, tensor * pipe)
         _fail(

@@ -165,7 +165,7 @@ def _unpermuted(name: str, tensor: StoredTensor, config: ModelConfig) -> StoredT
     """Query and key maps with the rows of a head in Hugging Face's order: first halves, then second halves."""
     if not name.endswith((".attn_q.weight", ".attn_k.weight")):
         return tensor
-    half = (config.head_dim or 0) // 2
+    half = config.head_width // 2
 
     def halves(pairs: np.ndarray) -> np.ndarray:
         return pairs.reshape(-1, half, 2, pairs.shape[-1]).swapaxes(1, 2).reshape(pairs.shape)

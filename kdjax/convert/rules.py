@@ -15,7 +15,7 @@ import numpy as np
 
 from kdjax.config import ModelConfig
 from kdjax.convert.tensors import Source, StoredTensor
-from kdjax.model import head_dim, param_shapes
+from kdjax.model import param_shapes
 from kdjax.types import UserError
 
 Arrays = tuple[np.ndarray, ...]
@@ -168,7 +168,7 @@ def transposed(config: ModelConfig, kernel: np.ndarray) -> Arrays:
 
 def heads_out(config: ModelConfig, kernel: np.ndarray) -> Arrays:
     """A query, key or value map [heads * H, D] -> [D, heads, H]."""
-    return (kernel.T.reshape(kernel.shape[1], -1, head_dim(config)),)
+    return (kernel.T.reshape(kernel.shape[1], -1, config.head_width),)
 
 
 def heads_out_inverse(config: ModelConfig, kernel_DxNxH: np.ndarray) -> Arrays:
@@ -177,7 +177,7 @@ def heads_out_inverse(config: ModelConfig, kernel_DxNxH: np.ndarray) -> Arrays:
 
 def head_bias(config: ModelConfig, bias: np.ndarray) -> Arrays:
     """[heads * H] -> [heads, H]."""
-    return (bias.reshape(-1, head_dim(config)),)
+    return (bias.reshape(-1, config.head_width),)
 
 
 def head_bias_inverse(config: ModelConfig, bias_NxH: np.ndarray) -> Arrays:
@@ -186,7 +186,7 @@ def head_bias_inverse(config: ModelConfig, bias_NxH: np.ndarray) -> Arrays:
 
 def heads_in(config: ModelConfig, kernel: np.ndarray) -> Arrays:
     """The attention's output map [D, N * H] -> [N, H, D]."""
-    return (kernel.T.reshape(config.n_heads, head_dim(config), -1),)
+    return (kernel.T.reshape(config.n_heads, config.head_width, -1),)
 
 
 def heads_in_inverse(config: ModelConfig, kernel_NxHxD: np.ndarray) -> Arrays:

@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _padding(config: ModelConfig, model: Path, choice: str | None) -> ModelConfig:
     """The configuration with or without the padded rows. Raises UserError where that changes what was trained."""
-    rows = config.padded_vocab_size or config.vocab_size
+    rows = config.vocab_rows
     run = run_config(model)
     if choice is None and run is not None and run.loss.include_vocab_padding and rows > config.vocab_size:
         raise UserError(

@@ -93,7 +93,7 @@ def _refuse_training(out: Path) -> None:
 
 def _vocabulary(config: ModelConfig, model: Path, divisor: int | None) -> ModelConfig:
     """The configuration with the rows that are to be written. Raises UserError where that changes what was trained."""
-    rows = config.padded_vocab_size or config.vocab_size
+    rows = config.vocab_rows
     if divisor is None:
         return config
     if divisor < 1:

@@ -65,7 +65,7 @@ def _read(path: Path, config: ModelConfig) -> tuple[np.ndarray, np.ndarray, np.n
     if not {"input_ids", "logits"} <= arrays.keys():
         raise UserError(f"--logits {path} holds {', '.join(arrays) or 'nothing'}; it must hold input_ids and logits")
     input_ids, logits, positions = arrays["input_ids"], arrays["logits"], arrays.get("positions")
-    columns = {config.vocab_size, config.padded_vocab_size or config.vocab_size}
+    columns = {config.vocab_size, config.vocab_rows}
     if input_ids.ndim != 2 or logits.shape[:-1] != input_ids.shape or logits.shape[-1] not in columns:
         wanted = " or ".join(str(count) for count in sorted(columns))
         raise UserError(

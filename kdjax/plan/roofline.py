@@ -156,5 +156,5 @@ def matmul_parameters(config: Config) -> int:
 def model_flops(config: Config) -> float:
     """Of a step on all devices: the algorithm's own, forward and backward, nothing computed twice."""
     model, T = config.model, config.data.sequence_length
-    attention = 6 * model.layers * T * model.n_heads * (model.head_dim or 0)
+    attention = 6 * model.layers * T * model.n_heads * model.head_width
     return (6 * matmul_parameters(config) + attention) * config.batch.global_size * T

@@ -159,11 +159,11 @@ def kept(config: Config, mesh: Mesh) -> int:
     model, shape, ring = config.model, mesh.shape, schedule(config, dict(mesh.shape)).ring
     width, positions = shape["tensor"], config.batch.microbatch_size * config.data.sequence_length
     itemsize = jnp.dtype(model.dtype).itemsize
-    heads, head = model.n_heads, model.head_dim or 0
+    heads, head = model.n_heads, model.head_width
     layer = model.d_model
     if model.remat != "layer":  # queries, keys, values, their output, the MLP's two or three
         layer += 2 * model.d_model
-        layer += ((heads + 2 * (model.n_groups or heads)) * head + model.d_ff * _ups(config)) // width
+        layer += ((heads + 2 * model.groups) * head + model.d_ff * _ups(config)) // width
     if model.remat == "none" and model.attention == "xla":
         layer += heads // width * config.data.sequence_length  # the scores
     layers = model.layers // (shape["pipe"] * config.mesh.interleave)

@@ -10,7 +10,6 @@ from typing import Any
 
 from kdjax.config import ModelConfig
 from kdjax.convert.architecture import KEYS, Stated, settle
-from kdjax.model import head_dim
 from kdjax.types import UserError
 
 Settings = Mapping[str, Any]
@@ -230,7 +229,7 @@ def settings(config: ModelConfig, family: Family, max_positions: int, dtype: str
     if family.model_type == "gpt2":
         values["activation_function"] = ACTIVATIONS.get(config.activation, (config.activation,))[0]
     else:
-        values |= {"head_dim": head_dim(config), "hidden_act": "silu", "max_position_embeddings": max_positions}
+        values |= {"head_dim": config.head_width, "hidden_act": "silu", "max_position_embeddings": max_positions}
         values |= _rope_settings(config)
         values |= {"mlp_bias": config.bias} if "mlp_bias" in family.defaults else {}
         values |= {"sliding_window": None} if "sliding_window" in family.defaults else {}
@@ -272,7 +271,7 @@ def misfits(config: ModelConfig, family: Family) -> list[str]:
     except UserError as error:
         return [str(error)]
     ignored = NOT_COMPARED | ({"max_positions"} if config.position == "rope" else {"rope_theta", "rope_fraction"})
-    mine = dataclasses.replace(config, n_groups=config.n_groups or config.n_heads, head_dim=head_dim(config))
+    mine = dataclasses.replace(config, n_groups=config.groups, head_dim=config.head_width)
     return [
         f"{key} = {getattr(mine, key)!r} (it has {getattr(read, key)!r})"
         for key in KEYS

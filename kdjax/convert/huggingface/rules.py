@@ -16,7 +16,6 @@ from kdjax.convert.rules import (
     heads_out_inverse,
     linear,
 )
-from kdjax.model import head_dim
 
 PREFIX = {"gpt2": "transformer."}  # of the files of transformers' base classes it is missing; the rest have "model."
 # Kind of entry -> pattern of the names that no rule takes: what some versions stored and all of them recompute.
@@ -87,7 +86,7 @@ def _gpt2(config: ModelConfig) -> list[Rule]:
 
 def _split_kernel(config: ModelConfig, fused_Dx3D: np.ndarray) -> Arrays:
     """[D, queries | keys | values] -> three [D, N, H]."""
-    return tuple(part.reshape(len(part), -1, head_dim(config)) for part in np.split(fused_Dx3D, 3, axis=1))
+    return tuple(part.reshape(len(part), -1, config.head_width) for part in np.split(fused_Dx3D, 3, axis=1))
 
 
 def _fuse_kernels(config: ModelConfig, *kernels_DxNxH: np.ndarray) -> Arrays:
@@ -95,7 +94,7 @@ def _fuse_kernels(config: ModelConfig, *kernels_DxNxH: np.ndarray) -> Arrays:
 
 
 def _split_bias(config: ModelConfig, fused: np.ndarray) -> Arrays:
-    return tuple(part.reshape(-1, head_dim(config)) for part in np.split(fused, 3))
+    return tuple(part.reshape(-1, config.head_width) for part in np.split(fused, 3))
 
 
 def _fuse_biases(config: ModelConfig, *biases_NxH: np.ndarray) -> Arrays:
@@ -103,7 +102,7 @@ def _fuse_biases(config: ModelConfig, *biases_NxH: np.ndarray) -> Arrays:
 
 
 def _output(config: ModelConfig, kernel: np.ndarray) -> Arrays:
-    return (kernel.reshape(config.n_heads, head_dim(config), -1),)
+    return (kernel.reshape(config.n_heads, config.head_width, -1),)
 
 
 def _output_inverse(config: ModelConfig, kernel_NxHxD: np.ndarray) -> Arrays:

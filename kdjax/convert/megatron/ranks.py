@@ -18,7 +18,6 @@ from kdjax.convert.megatron.names import by_name, canonical, join_split_maps
 from kdjax.convert.megatron.rules import SKIPPED
 from kdjax.convert.pytorch import file as torch_file
 from kdjax.convert.tensors import StoredTensor, concatenated, in_memory, transformed
-from kdjax.model import head_dim
 from kdjax.types import UserError
 
 log = logging.getLogger("kdjax")
@@ -183,7 +182,7 @@ def _replicated(name: str, tensors: list[StoredTensor]) -> StoredTensor:
 
 def _reordered(tensor: StoredTensor, config: ModelConfig, version: float) -> StoredTensor:
     """[3, N, H] (version 0) or [N, H, 3] (version 1) rows as [N, 3, H] (fix_query_key_value_ordering in Megatron)."""
-    H, rest = head_dim(config), tensor.shape[1:]
+    H, rest = config.head_width, tensor.shape[1:]
 
     def change(array: np.ndarray) -> np.ndarray:
         if version < 1:

@@ -17,7 +17,6 @@ from kdjax.convert.rules import (
     heads_in_inverse,
     linear,
 )
-from kdjax.model import head_dim
 
 LAYER = "decoder.layers.{i}."
 # Entries that hold no weights: kind -> pattern of names.
@@ -96,7 +95,7 @@ def split_qkv(config: ModelConfig, weight: np.ndarray) -> Arrays:
 
     Each query group's rows are its query heads, then its key head, then its value head.
     """
-    D, G, H = weight.shape[1], config.n_groups or config.n_heads, head_dim(config)
+    D, G, H = weight.shape[1], config.groups, config.head_width
     grouped = weight.reshape(G, config.n_heads // G + 2, H, D)
     q_NxHxD = grouped[:, :-2].reshape(config.n_heads, H, D)
     return tuple(part.transpose(2, 0, 1) for part in (q_NxHxD, grouped[:, -2], grouped[:, -1]))

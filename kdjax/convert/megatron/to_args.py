@@ -5,7 +5,6 @@ from typing import Any
 
 from kdjax.config import ModelConfig
 from kdjax.convert.megatron.from_args import LLAMA3_SCALING
-from kdjax.model import head_dim
 from kdjax.types import UserError
 
 MEGATRON_DIVISOR = 128  # the default of --make-vocab-size-divisible-by
@@ -17,7 +16,7 @@ def to_args(config: ModelConfig, sequence_length: int | None = None) -> dict[str
     `sequence_length` is what a model without learned positions was trained on. Raises UserError for what no args state.
     """
     refuse_inexpressible(config)
-    rows, groups = config.padded_vocab_size or config.vocab_size, config.n_groups or config.n_heads
+    rows, groups = config.vocab_rows, config.groups
     grouped, rope = groups != config.n_heads, config.position == "rope"
     centred = config.norm == "layernorm_1p"
     positions = config.max_positions or sequence_length
@@ -28,7 +27,7 @@ def to_args(config: ModelConfig, sequence_length: int | None = None) -> dict[str
         "hidden_size": config.d_model,
         "ffn_hidden_size": config.d_ff,
         "num_attention_heads": config.n_heads,
-        "kv_channels": head_dim(config),
+        "kv_channels": config.head_width,
         "group_query_attention": grouped,
         "num_query_groups": groups if grouped else 1,  # as Megatron leaves it without the flag
         "vocab_size": config.vocab_size,
