@@ -32,8 +32,13 @@ def save_model(path: Path | str, config: ModelConfig, params: Params) -> None:
     path = Path(path).absolute()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "params", params, save_args=save_in_layers(params), force=True)
+    write_model_config(path, config)
+
+
+def write_model_config(directory: Path, config: ModelConfig) -> None:
+    """Writes model_config.json: the architecture, without the user's choices in `FREE_KEYS`."""
     architecture = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_KEYS}
-    (path / MODEL_CONFIG).write_text(json.dumps(architecture, indent=2) + "\n")
+    (directory / MODEL_CONFIG).write_text(json.dumps(architecture, indent=2) + "\n")
 
 
 def save_in_layers(params: Params) -> Any:

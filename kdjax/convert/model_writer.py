@@ -7,7 +7,6 @@ two conversions of one input are byte-equal.
 """
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import json
@@ -29,8 +28,7 @@ import tensorstore as ts
 import tqdm
 import zstandard
 
-from kdjax.checkpoint.model_directory import FREE_KEYS, MODEL_CONFIG
-from kdjax.config import ModelConfig
+from kdjax.checkpoint.model_directory import MODEL_CONFIG, write_model_config
 from kdjax.convert.rules import Plan
 from kdjax.types import UserError
 
@@ -79,14 +77,10 @@ def write_model(
         for name, content in (files or {}).items():
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-        _write_json(directory / MODEL_CONFIG, architecture(plan.config))
-        _write_json(directory / PROVENANCE, dict(provenance) | common_provenance(plan) | {"leaves": digests})
+        write_model_config(directory, plan.config)
+        told = dict(provenance) | common_provenance(plan) | {"leaves": digests}
+        (directory / PROVENANCE).write_text(json.dumps(told, indent=2) + "\n")
     return out
-
-
-def architecture(config: ModelConfig) -> dict[str, Any]:
-    """The contents of model_config.json: the architecture without the user's choices of arithmetic."""
-    return {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE_KEYS}
 
 
 def common_provenance(plan: Plan) -> dict[str, Any]:
@@ -279,7 +273,3 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
