@@ -28,11 +28,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kdjax.losses import reference
-from kdjax.losses.dispatch import Call, choose_linear, choose_logits
+from kdjax.losses.dispatch import LossCall, choose_linear, choose_logits
 from kdjax.losses.fused import linear
 from kdjax.losses.objective import (
     LossSums,
     Objective,
+    Supervision,
     check_ids,
     check_linear,
     check_logits,
@@ -44,7 +45,7 @@ from kdjax.losses.token_losses import token_losses
 from kdjax.losses.vocabulary import Vocabulary
 from kdjax.types import UserError
 
-__all__ = ["LossSums", "linear_topk_kd_loss", "topk_kd_loss"]
+__all__ = ["linear_losses", "linear_topk_kd_loss", "topk_kd_loss"]
 
 
 def topk_kd_loss(
@@ -116,7 +117,7 @@ def topk_kd_loss(
     objective.check()
     student_logits = jnp.asarray(student_logits)
     check_logits(student_logits)
-    supervision = supervise(objective, topk_logits, topk_token_ids, labels, log_sum_exp_logits)
+    supervision = supervise(objective, Supervision(topk_logits, topk_token_ids, labels, log_sum_exp_logits))
     vocabulary = _vocabulary(axis_name, vocab_size, student_logits.shape[2])
     check_supervision(objective, supervision, student_logits.shape[:2], vocabulary.size)
     check_ids(objective, supervision, vocabulary.size)
@@ -124,7 +125,7 @@ def topk_kd_loss(
     if chosen == "reference":
         _check_whole(vocabulary)
         return reference.token_losses(objective, student_logits[..., : vocabulary.size], supervision)
-    return token_losses(Call(objective, vocabulary, chosen), student_logits, supervision)
+    return token_losses(LossCall(objective, vocabulary, chosen), student_logits, supervision)
 
 
 def linear_topk_kd_loss(
@@ -178,12 +179,38 @@ def linear_topk_kd_loss(
         tail=tail,
         jsd_beta=jsd_beta,
     )
+    return linear_losses(
+        objective,
+        hidden,
+        unembed,
+        Supervision(topk_logits, topk_token_ids, labels, log_sum_exp_logits),
+        loss_mask,
+        axis_name=axis_name,
+        vocab_size=vocab_size,
+        chunk_tokens=chunk_tokens,
+        implementation=implementation,
+    )
+
+
+def linear_losses(
+    objective: Objective,
+    hidden: Float[Array, "B T D"],
+    unembed: Float[Array, "V D"],
+    supervision: Supervision,
+    loss_mask: Float[Array, "B T"],
+    *,
+    axis_name: str | tuple[str, ...] | None = None,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+    implementation: str | None = None,
+) -> LossSums:
+    """Returns `linear_topk_kd_loss` with its settings as an `Objective` and the arrays to learn from as one tuple."""
     objective.check()
     if chunk_tokens is not None and chunk_tokens < 1:
         raise UserError(f"chunk_tokens = {chunk_tokens!r} holds no position; give 1 or more, or None to choose")
     hidden, unembed, loss_mask = jnp.asarray(hidden), jnp.asarray(unembed), jnp.asarray(loss_mask)
     check_linear(hidden, unembed, loss_mask)
-    supervision = supervise(objective, topk_logits, topk_token_ids, labels, log_sum_exp_logits)
+    supervision = supervise(objective, supervision)
     vocabulary = _vocabulary(axis_name, vocab_size, unembed.shape[0])
     check_supervision(objective, supervision, hidden.shape[:2], vocabulary.size)
     check_ids(objective, supervision, vocabulary.size, loss_mask)
@@ -192,7 +219,7 @@ def linear_topk_kd_loss(
     if chosen == "reference":
         _check_whole(vocabulary)
         return reference.linear_losses(objective, hidden, unembed[: vocabulary.size], supervision, loss_mask)
-    call = Call(objective, vocabulary, chosen)
+    call = LossCall(objective, vocabulary, chosen)
     return linear.linear_losses(call, hidden, unembed, supervision, loss_mask, chunk_tokens)
 
 

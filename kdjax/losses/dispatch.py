@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from kdjax.types import UserError
 
 log = logging.getLogger("kdjax")
 
-# Of each operation; "pallas_interpret" runs the Pallas kernels' arithmetic anywhere, slowly, to check it.
-LOGITS = ("reference", "xla", "pallas", "triton", "pallas_interpret")
-LINEAR = (*LOGITS, "gathered")
+# The implementations of `topk_kd_loss` and those of `linear_topk_kd_loss`.
+LOGITS_IMPLEMENTATIONS = ("reference", "xla", "pallas", "triton", "pallas_interpret")
+IMPLEMENTATIONS = (*LOGITS_IMPLEMENTATIONS, "gathered")
 KERNELS = ("pallas", "triton", "pallas_interpret")
 
 # The share of the vocabulary's rows below which gathering K of them is cheaper than multiplying by all. On two
@@ -30,7 +31,7 @@ GATHER_BELOW_ELSEWHERE = 1 / 700
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class LossCall:
     """All that is static in one call of a loss. Hashable."""
 
     objective: Objective
@@ -66,39 +67,59 @@ def _kernels(implementation: str) -> ModuleType:
 
 
 def choose_logits(implementation: str | None, objective: Objective, dtype: jnp.dtype) -> str:
-    """The implementation for logits of `dtype`: the one asked for, if it can run here, or the fastest that can.
+    """Returns the implementation for logits of `dtype`: the one asked for, or for None the fastest that can run here.
 
-    Raises UserError for one that there is not or that cannot run.
+    Raises UserError if the one asked for does not exist or cannot run here.
     """
     if implementation is not None:
-        return _checked(implementation, LOGITS, "topk_kd_loss", dtype)
+        check_implementation(implementation, objective, LOGITS_IMPLEMENTATIONS)
+        _check_runs_here(implementation, dtype)
+        return implementation
     return _logged("topk_kd_loss", _row_implementation(dtype) if objective.needs_log_sum else "xla")
 
 
 def choose_linear(implementation: str | None, objective: Objective, k: int, v: int, dtype: jnp.dtype) -> str:
-    """The implementation for hidden states and an unembedding whose logits are of `dtype`; as `choose_logits`.
+    """Returns the implementation for hidden states and an unembedding whose logits have `dtype`; see `choose_logits`.
 
-    `v` counts the rows of the unembedding on this shard.
+    `v` is the number of rows of the unembedding on this shard.
     """
-    if implementation == "gathered":
-        if (why := not_gathered(objective)) is not None:
-            raise UserError(f"implementation = 'gathered' reads K rows of the unembedding only, and {why}")
-        return "gathered"
     if implementation is not None:
-        return _checked(implementation, LINEAR, "linear_topk_kd_loss", dtype)
-    if not_gathered(objective) is None and k / v <= GATHER_BELOW.get(platform(), GATHER_BELOW_ELSEWHERE):
+        check_implementation(implementation, objective)
+        _check_runs_here(implementation, dtype)
+        return implementation
+    few = k / v <= GATHER_BELOW.get(platform(), GATHER_BELOW_ELSEWHERE)
+    if few and _why_not_gathered(objective) is None:
         return _logged("linear_topk_kd_loss", "gathered")
     return _logged("linear_topk_kd_loss", _row_implementation(dtype))
 
 
-def not_gathered(objective: Objective) -> str | None:
-    """Why this objective depends on more than the K taught logits; None if it does not."""
+def check_implementation(
+    implementation: str, objective: Objective, choices: Sequence[str] = IMPLEMENTATIONS, prefix: str = ""
+) -> None:
+    """Raises UserError unless `implementation` is one of `choices` and can compute this objective on some platform.
+
+    `prefix` is put before the names of settings in the message: "loss." for the keys of a configuration.
+    """
+    if implementation not in choices:
+        raise UserError(
+            f"{prefix}implementation = {implementation!r} is not available; choose one of"
+            f" {', '.join(map(repr, choices))}, or None for the fastest that can run"
+        )
+    if implementation == "gathered" and (why := _why_not_gathered(objective, prefix)) is not None:
+        raise UserError(
+            f"{prefix}implementation = 'gathered' computes the K taught logits only, but {why} needs all of them;"
+            f" change that or set {prefix}implementation = None"
+        )
+
+
+def _why_not_gathered(objective: Objective, prefix: str = "") -> str | None:
+    """Returns the setting that makes the loss depend on more than the K taught logits, or None if none does."""
     if objective.sft_loss_weight != 0:
-        return f"sft_loss_weight = {objective.sft_loss_weight!r} asks for all; choose 'xla' or set it to 0"
+        return f"{prefix}sft_loss_weight = {objective.sft_loss_weight!r}"
     if objective.ghost:
-        return "tail = 'ghost' asks for all; choose 'xla' or tail = 'renormalize'"
+        return f"{prefix}tail = 'ghost'"
     if objective.rank_match:
-        return "cross_tokenizer = 'rank_match' ranks all; choose 'xla'"
+        return f"{prefix}cross_tokenizer = 'rank_match'"
     return None
 
 
@@ -110,12 +131,8 @@ def _row_implementation(dtype: jnp.dtype) -> str:
     return "pallas" if platform() == "cuda" and on_one_device() and dtype != jnp.float64 else "xla"
 
 
-def _checked(implementation: str, there_are: tuple[str, ...], operation: str, dtype: jnp.dtype) -> str:
-    if implementation not in there_are:
-        raise UserError(
-            f"implementation = {implementation!r} is not available; choose one of"
-            f" {', '.join(map(repr, there_are))}, or None to let {operation} choose"
-        )
+def _check_runs_here(implementation: str, dtype: jnp.dtype) -> None:
+    """Raises UserError unless the implementation can run on this platform in `dtype`."""
     if implementation in KERNELS and dtype == jnp.float64:
         raise UserError(f"implementation = {implementation!r} computes in float32; for float64 choose 'xla'")
     if implementation in ("pallas", "triton") and platform() != "cuda":
@@ -123,7 +140,6 @@ def _checked(implementation: str, there_are: tuple[str, ...], operation: str, dt
             f"implementation = {implementation!r} is a kernel for NVIDIA GPUs and this is {platform()};"
             " choose 'xla' or None"
         )
-    return implementation
 
 
 @functools.cache

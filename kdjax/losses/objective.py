@@ -12,14 +12,18 @@ from jaxtyping import Array, Float, Int
 
 from kdjax.types import UserError
 
+# The choices of the settings that have names.
 KD_LOSSES = ("fwd_kl", "bwd_kl", "jsd")
 TAILS = ("renormalize", "ghost")
-CROSS_TOKENIZERS = (None, False, True, "rank_match")
+CROSS_TOKENIZERS = (None, "rank_match")
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The static settings of a loss, named as its keywords are. Hashable: it can be a static argument."""
+    """The static settings of a loss, as `kdjax.losses.topk_kd_loss` explains them. Hashable.
+
+    `cross_tokenizer` also takes NeMo-Aligner's True and False, and stores them as "rank_match" and None.
+    """
 
     kd_loss: str = "fwd_kl"
     kd_loss_weight: float = 1.0
@@ -30,53 +34,62 @@ class Objective:
     tail: str = "renormalize"
     jsd_beta: float = 0.5
 
+    def __post_init__(self) -> None:
+        if isinstance(self.cross_tokenizer, bool):
+            object.__setattr__(self, "cross_tokenizer", "rank_match" if self.cross_tokenizer else None)
+
+    @classmethod
+    def from_settings(cls, settings: object) -> "Objective":
+        """Returns the objective that the attributes of these names describe, such as those of a `LossConfig`."""
+        return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
+
     @property
     def rank_match(self) -> bool:
-        """Whether the student's own K largest logits meet the teacher's by rank."""
-        return bool(self.cross_tokenizer)
+        """Whether the student's K largest logits are compared with the teacher's by rank instead of by id."""
+        return self.cross_tokenizer == "rank_match"
 
     @property
     def ghost(self) -> bool:
-        """Whether the mass outside the top-k is one more bucket."""
+        """Whether the mass outside the top-k forms one more bucket."""
         return self.tail == "ghost"
 
     @property
     def needs_log_sum(self) -> bool:
-        """Whether the loss depends on the student's whole vocabulary, not on the picked logits alone."""
+        """Whether the loss depends on the student's whole vocabulary and not on the picked logits alone."""
         return self.sft_loss_weight != 0 or self.ghost
 
-    def check(self) -> None:
-        """Raise UserError for the first setting that cannot work: its value, the reason, the remedy."""
-        _check_choice("kd_loss", self.kd_loss, KD_LOSSES)
-        _check_choice("tail", self.tail, TAILS)
-        _check_choice("cross_tokenizer", self.cross_tokenizer, CROSS_TOKENIZERS)
+    def check(self, prefix: str = "") -> None:
+        """Raises UserError for the first setting that cannot work, with its value, the reason and the remedy.
+
+        `prefix` is put before the names in the message: "loss." for the keys of a configuration.
+        """
+
+        def fail(name: str, reason: str) -> None:
+            raise UserError(f"{prefix}{name} = {getattr(self, name)!r} {reason}")
+
+        for name, choices in (("kd_loss", KD_LOSSES), ("tail", TAILS), ("cross_tokenizer", CROSS_TOKENIZERS)):
+            if not isinstance(getattr(self, name), str | None) or getattr(self, name) not in choices:
+                fail(name, f"is unknown; choose one of {', '.join(map(repr, choices))}")
         for name in ("kd_loss_weight", "sft_loss_weight", "logits_scale", "target_logits_scale", "jsd_beta"):
-            _check_number(name, getattr(self, name))
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+                kind = type(value).__name__
+                fail(name, f"is a {kind}; it is compiled into the program, so give a finite Python number")
         for name in ("kd_loss_weight", "sft_loss_weight"):
             if getattr(self, name) < 0:
-                raise UserError(
-                    f"{name} = {getattr(self, name)!r} would train away from its term;"
-                    " give 0 (leave the term out) or more"
-                )
+                fail(name, "would maximise its term; give a positive weight, or 0 to leave the term out")
         if self.kd_loss_weight == 0 and self.sft_loss_weight == 0:
-            raise UserError(
-                "kd_loss_weight = 0 and sft_loss_weight = 0 leave no loss; give at least one a positive value"
-            )
+            fail("kd_loss_weight", f"and {prefix}sft_loss_weight = 0 leave no loss; give at least one a positive value")
         for name in ("logits_scale", "target_logits_scale"):
             if getattr(self, name) <= 0:
-                raise UserError(
-                    f"{name} = {getattr(self, name)!r} would flatten or invert the logits;"
-                    " give a value above 0 (1 / temperature)"
-                )
+                fail(name, "would flatten or invert the logits; give a value above 0 (1 / temperature)")
         if not 0 < self.jsd_beta < 1:
-            raise UserError(
-                f"jsd_beta = {self.jsd_beta!r} is no mixture of teacher and student;"
-                " give a value between 0 and 1, both excluded"
-            )
+            fail("jsd_beta", "does not mix teacher and student; give a value strictly between 0 and 1")
         if self.ghost and self.target_logits_scale != 1:
-            raise UserError(
-                f"target_logits_scale = {self.target_logits_scale!r} with tail = 'ghost': the stored logsumexp"
-                " belongs to the unscaled logits; give target_logits_scale = 1 or tail = 'renormalize'"
+            fail(
+                "target_logits_scale",
+                f"does not work with {prefix}tail = 'ghost': the stored logsumexp belongs to the unscaled logits; set"
+                f" {prefix}target_logits_scale = 1 or {prefix}tail = 'renormalize'",
             )
 
 
@@ -106,23 +119,17 @@ class LossSums(NamedTuple):
     student_topk_mass: Float[Array, ""] | None
 
 
-def supervise(
-    objective: Objective,
-    topk_logits: Array,
-    topk_token_ids: Array,
-    labels: Array,
-    log_sum_exp_logits: Array | None,
-) -> Supervision:
-    """The arrays on JAX, ids at least 32 bits wide; for rank matching the teacher's values, largest first."""
-    topk_logits = jnp.asarray(topk_logits)
+def supervise(objective: Objective, supervision: Supervision) -> Supervision:
+    """Returns the supervision as JAX arrays with ids of at least 32 bits; for rank matching sorted, largest first."""
+    topk_logits, ids, labels = map(jnp.asarray, supervision[:3])
     if objective.rank_match:
         topk_logits = jnp.sort(topk_logits, axis=-1, descending=True)
     ids, labels = (
         x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize < 4 else x
-        for x in (jnp.asarray(topk_token_ids), jnp.asarray(labels))
+        for x in (ids, labels)
     )
-    lse = None if log_sum_exp_logits is None else jnp.asarray(log_sum_exp_logits)
-    return Supervision(topk_logits, ids, labels, lse)
+    lse = supervision.log_sum_exp_logits
+    return Supervision(topk_logits, ids, labels, None if lse is None else jnp.asarray(lse))
 
 
 def computation_dtype(*arrays: jax.Array) -> jnp.dtype:
@@ -201,18 +208,6 @@ def _check_ids(name: str, ids: jax.Array, read: jax.Array, v: int) -> None:
         row=at[0],
         position=at[1],
     )
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if not isinstance(value, str | bool | None) or value not in choices:
-        raise UserError(f"{name} = {value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
-
-
-def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise UserError(
-            f"{name} = {value!r} is a {type(value).__name__}; settings are compiled in, give a finite Python number"
-        )
 
 
 def _check_array(name: str, array: jax.Array, rank: int, kind: type) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kdjax.losses.closed_form import Losses, Picked, evaluate, term_cotangents
-from kdjax.losses.dispatch import Call, rows
+from kdjax.losses.dispatch import LossCall, rows
 from kdjax.losses.objective import Supervision
 from kdjax.losses.platform import platform, zeros
 from kdjax.losses.vocabulary import join, taught_columns
@@ -22,7 +22,7 @@ CPU_BLOCK_BYTES = 2**20
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def token_losses(call: Call, logits: Float[Array, "*P W"], supervision: Supervision) -> Losses:
+def token_losses(call: LossCall, logits: Float[Array, "*P W"], supervision: Supervision) -> Losses:
     """(loss, kd, sft) of each position in nats, differentiable by the logits through any of the three.
 
     `logits` is this shard's part of the vocabulary.
@@ -33,7 +33,7 @@ def token_losses(call: Call, logits: Float[Array, "*P W"], supervision: Supervis
 _Residuals = tuple[Float[Array, "*P W"], Supervision, Int[Array, "*P K+1"], Picked]
 
 
-def _forward(call: Call, logits: Float[Array, "*P W"], supervision: Supervision) -> tuple[Losses, _Residuals]:
+def _forward(call: LossCall, logits: Float[Array, "*P W"], supervision: Supervision) -> tuple[Losses, _Residuals]:
     objective, vocabulary, width = call.objective, call.vocabulary, logits.shape[-1]
 
     def sweep(logits: Array, supervision: Supervision) -> tuple[Picked, Array | None, Array]:
@@ -53,7 +53,7 @@ def _forward(call: Call, logits: Float[Array, "*P W"], supervision: Supervision)
     return evaluate(objective, picked, supervision, kd), (logits, supervision, columns, picked)
 
 
-def _backward(call: Call, residuals: _Residuals, cotangents: Losses) -> tuple[Float[Array, "*P W"], None]:
+def _backward(call: LossCall, residuals: _Residuals, cotangents: Losses) -> tuple[Float[Array, "*P W"], None]:
     def spread(logits: Array, supervision: Supervision, columns: Array, picked: Picked, *term_ct: Array) -> Array:
         return rows(call.implementation).spread(
             call.objective,
@@ -72,7 +72,7 @@ def _backward(call: Call, residuals: _Residuals, cotangents: Losses) -> tuple[Fl
 token_losses.defvjp(_forward, _backward)
 
 
-def _by_rows(call: Call, f: Callable[..., Any], logits: Float[Array, "*P W"], *arrays: Any) -> Any:
+def _by_rows(call: LossCall, f: Callable[..., Any], logits: Float[Array, "*P W"], *arrays: Any) -> Any:
     """f(logits, *arrays), whose rows are independent: on a CPU block by block, at once elsewhere.
 
     XLA on a CPU holds several copies of what it works on, in float32 too: of a block, then. N = 1024, V = 32768 on

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from loss_oracle import jit, make_inputs
 
-from kdjax.config import validate
+from kdjax.config import LossConfig, validate
 from kdjax.losses import dispatch, linear_topk_kd_loss, topk_kd_loss
 from kdjax.losses.objective import Objective
 from kdjax.types import UserError
@@ -49,18 +49,21 @@ BAD_SETTINGS = [
     ({"kd_loss": "fwdkl"}, "kd_loss = 'fwdkl'.*'fwd_kl', 'bwd_kl', 'jsd'"),
     ({"kd_loss": None}, "kd_loss = None.*'fwd_kl', 'bwd_kl', 'jsd'"),
     ({"tail": "drop"}, "tail = 'drop'.*'renormalize', 'ghost'"),
-    ({"cross_tokenizer": "rank"}, "cross_tokenizer = 'rank'.*None, False, True, 'rank_match'"),
+    ({"cross_tokenizer": "rank"}, "cross_tokenizer = 'rank' is unknown.*None, 'rank_match'"),
     ({"cross_tokenizer": 1}, "cross_tokenizer = 1 .*'rank_match'"),
-    ({"kd_loss_weight": -1.0}, "kd_loss_weight = -1.0.*0 .*or more"),
-    ({"sft_loss_weight": -0.1}, "sft_loss_weight = -0.1.*0 .*or more"),
-    ({"kd_loss_weight": 0.0}, "kd_loss_weight = 0 and sft_loss_weight = 0.*positive"),
+    ({"kd_loss_weight": -1.0}, "kd_loss_weight = -1.0 would maximise its term.*0 to leave"),
+    ({"sft_loss_weight": -0.1}, "sft_loss_weight = -0.1 would maximise its term.*0 to leave"),
+    ({"kd_loss_weight": 0.0}, "kd_loss_weight = 0.0 and sft_loss_weight = 0 leave no loss.*positive"),
     ({"kd_loss_weight": float("nan")}, "kd_loss_weight = nan.*finite Python number"),
     ({"sft_loss_weight": "0.4"}, "sft_loss_weight = '0.4' is a str.*Python number"),
     ({"sft_loss_weight": jnp.ones(())}, "sft_loss_weight = Array.*Python number"),
     ({"logits_scale": 0.0}, "logits_scale = 0.0.*above 0"),
     ({"target_logits_scale": -2}, "target_logits_scale = -2.*above 0"),
-    ({"jsd_beta": 1.0}, "jsd_beta = 1.0.*between 0 and 1"),
-    ({"tail": "ghost", "target_logits_scale": 0.5}, "target_logits_scale = 0.5 with tail = 'ghost'.*'renormalize'"),
+    ({"jsd_beta": 1.0}, "jsd_beta = 1.0.*strictly between 0 and 1"),
+    (
+        {"tail": "ghost", "target_logits_scale": 0.5},
+        "target_logits_scale = 0.5 does not work with tail = 'ghost'.*'renormalize'",
+    ),
     ({"tail": "ghost", "log_sum_exp_logits": None}, "tail = 'ghost' needs log_sum_exp_logits.*'renormalize'"),
     ({"implementation": "pallas"}, "implementation = 'pallas' is a kernel for NVIDIA GPUs and this is cpu.*'xla'"),
     ({"implementation": "triton"}, "implementation = 'triton' is a kernel for NVIDIA GPUs and this is cpu.*'xla'"),
@@ -109,12 +112,18 @@ BAD_LINEAR_ARGUMENTS = [
     ({"loss_mask": INPUTS.weight[:1]}, r"loss_mask has shape \[1, 3\].*\[2, 3\]"),
     ({"chunk_tokens": 0}, "chunk_tokens = 0.*1 or more"),
     ({"axis_name": ("pipe", "tensor")}, r"axis_name = \('pipe', 'tensor'\) is no mesh axis here"),
-    ({"implementation": "gathered", "sft_loss_weight": 0.4}, "'gathered'.*sft_loss_weight = 0.4 asks for all.*'xla'"),
+    (
+        {"implementation": "gathered", "sft_loss_weight": 0.4},
+        "'gathered'.*sft_loss_weight = 0.4 needs all.*= None",
+    ),
     (
         {"implementation": "gathered", "tail": "ghost", "log_sum_exp_logits": INPUTS.log_sum_exp_logits},
-        "'gathered'.*tail = 'ghost' asks for all.*'renormalize'",
+        "'gathered'.*tail = 'ghost' needs all.*= None",
     ),
-    ({"implementation": "gathered", "cross_tokenizer": True}, "'gathered'.*'rank_match' ranks all"),
+    (
+        {"implementation": "gathered", "cross_tokenizer": True},
+        "'gathered'.*'rank_match' needs all.*= None",
+    ),
 ]
 
 
@@ -234,7 +243,7 @@ def test_kernels_are_chosen_where_arrays_lie_on_one_device(monkeypatch: pytest.M
 
 
 def test_the_configuration_offers_what_there_is() -> None:
-    assert set(validate.CHOICES["loss.implementation"]) == set(dispatch.LINEAR)
+    assert set(validate.CHOICES["loss.implementation"]) == set(dispatch.IMPLEMENTATIONS)
 
 
 def test_checked_mode_names_ids_out_of_range() -> None:
@@ -255,6 +264,36 @@ def test_checked_mode_names_ids_out_of_range() -> None:
         assert complaint(function, topk_token_ids=ids, topk_logits=values) == "None"
     mask[1, 2] = 0
     assert complaint(call_linear, topk_token_ids=ids, loss_mask=mask) == "None"
+
+
+def test_messages_name_the_keys_of_the_configuration() -> None:
+    """With the prefix before each setting that they mention."""
+    for objective, message in [
+        (Objective(kd_loss="kl"), "loss.kd_loss = 'kl' is unknown"),
+        (Objective(sft_loss_weight=-1.0), "loss.sft_loss_weight = -1.0 would"),
+        (Objective(kd_loss_weight=0), "loss.kd_loss_weight = 0 and loss.sft_loss_weight = 0 leave no loss"),
+        (Objective(logits_scale=0), "loss.logits_scale = 0 would"),
+        (Objective(jsd_beta=0), "loss.jsd_beta = 0 does not mix"),
+        (
+            Objective(tail="ghost", target_logits_scale=2),
+            "loss.target_logits_scale = 2 does not work with loss.tail = 'ghost'.*"
+            "set loss.target_logits_scale = 1 or loss.tail = 'renormalize'",
+        ),
+    ]:
+        with pytest.raises(UserError, match=f"^{message}"):
+            objective.check("loss.")
+    with pytest.raises(UserError, match=r"^loss.implementation = 'fast' is not available; choose one of .*'gathered'"):
+        dispatch.check_implementation("fast", Objective(), prefix="loss.")
+    with pytest.raises(UserError, match=r"but loss.tail = 'ghost' needs all of .* loss.implementation = None"):
+        dispatch.check_implementation("gathered", Objective(tail="ghost"), prefix="loss.")
+    dispatch.check_implementation("gathered", Objective(), prefix="loss.")
+
+
+def test_an_objective_from_the_configuration() -> None:
+    settings = LossConfig(kd_loss="jsd", sft_loss_weight=0.3, cross_tokenizer=True, jsd_beta=0.2, reduction="nemo")
+    objective = Objective(kd_loss="jsd", sft_loss_weight=0.3, cross_tokenizer="rank_match", jsd_beta=0.2)
+    assert Objective.from_settings(settings) == objective
+    assert Objective.from_settings(LossConfig(cross_tokenizer=False)) == Objective(cross_tokenizer=None)
 
 
 def test_objectives_are_hashable() -> None:

@@ -14,7 +14,7 @@ import triton.runtime.interpreter as interpreter
 from loss_oracle import Inputs, assert_close, make_inputs, oracle
 from triton_on_cpu import Memory, interpret
 
-from kdjax.losses.dispatch import Call
+from kdjax.losses.dispatch import LossCall
 from kdjax.losses.objective import Objective, Supervision, supervise
 from kdjax.losses.rows import triton as kernels
 from kdjax.losses.rows import triton_kernels, xla
@@ -59,7 +59,7 @@ def losses_and_gradient(inputs: Inputs, settings: dict[str, Any]) -> tuple[Any, 
     """(loss, kd, sft) of each position, and the gradient of their weighted sum."""
     objective = Objective(**settings)
     supervision = supervise(objective, *inputs.teaching, inputs.log_sum_exp_logits)
-    call = Call(objective, Vocabulary(inputs.logits.shape[-1]), "triton")
+    call = LossCall(objective, Vocabulary(inputs.logits.shape[-1]), "triton")
     weight = jnp.asarray(inputs.weight)
 
     def total(logits: jax.Array) -> tuple[jax.Array, Any]:
@@ -202,7 +202,7 @@ def test_gradient_dtype() -> None:
 def test_vmap() -> None:
     """The rows of a vmapped axis are more rows, whichever of the arguments have it."""
     objective, logits, _, supervision = problem(6, 61, 5, EVERYTHING)
-    call = Call(objective, Vocabulary(61), "triton")
+    call = LossCall(objective, Vocabulary(61), "triton")
 
     @jax.jit
     def gradient(z: jax.Array, supervision: Supervision) -> jax.Array:

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kdjax.losses.closed_form import Picked, evaluate
-from kdjax.losses.dispatch import Call, rows
+from kdjax.losses.dispatch import LossCall, rows
 from kdjax.losses.fused.chunk import Chunk, weigh
 from kdjax.losses.objective import LossSums, Objective, Supervision
 from kdjax.losses.vocabulary import join, taught_columns
 
 
-class Made(NamedTuple):
+class Residuals(NamedTuple):
     """What the gradients of a chunk are made of."""
 
     hidden: Float[Array, "C D"]
@@ -22,7 +22,7 @@ class Made(NamedTuple):
     cache: Any  # what the sweep left for the spread
 
 
-def evaluate_chunk(call: Call, chunk: Chunk, unembed_WxD: Float[Array, "W D"]) -> tuple[LossSums, Made]:
+def evaluate_chunk(call: LossCall, chunk: Chunk, unembed_WxD: Float[Array, "W D"]) -> tuple[LossSums, Residuals]:
     """The chunk's sums, from the logits of this shard of the vocabulary."""
     objective, vocabulary, columns_here = call.objective, call.vocabulary, unembed_WxD.shape[0]
     supervision = chunk.supervision
@@ -41,11 +41,11 @@ def evaluate_chunk(call: Call, chunk: Chunk, unembed_WxD: Float[Array, "W D"]) -
     picked, columns = join(objective, vocabulary, picked, columns, supervision, columns_here)
     losses = evaluate(objective, picked, supervision, kd)
     sums = weigh(chunk, losses, *_agreement(objective, picked, supervision))
-    return sums, Made(hidden, logits, columns, picked, cache)
+    return sums, Residuals(hidden, logits, columns, picked, cache)
 
 
 def differentiate_chunk(
-    call: Call, chunk: Chunk, unembed_WxD: Float[Array, "W D"], made: Made, unembed_ct: Float[Array, "W D"]
+    call: LossCall, chunk: Chunk, unembed_WxD: Float[Array, "W D"], made: Residuals, unembed_ct: Float[Array, "W D"]
 ) -> tuple[Float[Array, "C D"], Float[Array, "W D"]]:
     """The hidden states' gradient of the chunk's loss sum, this shard's part of it, and `unembed_ct` with its own."""
     objective = call.objective

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kdjax.losses.closed_form import Picked, differentiate, evaluate
-from kdjax.losses.dispatch import Call
+from kdjax.losses.dispatch import LossCall
 from kdjax.losses.fused.chunk import Chunk, weigh
 from kdjax.losses.objective import LossSums
 from kdjax.losses.platform import platform
 
 
-class Made(NamedTuple):
+class Residuals(NamedTuple):
     """What the gradients of a chunk are made of."""
 
     hidden: Float[Array, "C D"]
@@ -26,7 +26,7 @@ class Made(NamedTuple):
     picked: Picked
 
 
-def evaluate_chunk(call: Call, chunk: Chunk, unembed_WxD: Float[Array, "W D"]) -> tuple[LossSums, Made]:
+def evaluate_chunk(call: LossCall, chunk: Chunk, unembed_WxD: Float[Array, "W D"]) -> tuple[LossSums, Residuals]:
     """The chunk's sums. `top1_agreement` and `student_topk_mass` would need the other rows: None."""
     vocabulary, columns_here = call.vocabulary, unembed_WxD.shape[0]
     topk_logits, ids, *_ = chunk.supervision
@@ -38,11 +38,11 @@ def evaluate_chunk(call: Call, chunk: Chunk, unembed_WxD: Float[Array, "W D"]) -
     topk = jnp.where(vocabulary.holds(ids), topk, jnp.nan)
     picked = Picked(topk, jnp.full_like(topk[:, 0], jnp.nan))
     losses = evaluate(call.objective, picked, chunk.supervision)
-    return weigh(chunk, losses, None, None), Made(hidden, rows_CxKxD, columns, picked)
+    return weigh(chunk, losses, None, None), Residuals(hidden, rows_CxKxD, columns, picked)
 
 
 def differentiate_chunk(
-    call: Call, chunk: Chunk, unembed_WxD: Float[Array, "W D"], made: Made, unembed_ct: Float[Array, "W D"]
+    call: LossCall, chunk: Chunk, unembed_WxD: Float[Array, "W D"], made: Residuals, unembed_ct: Float[Array, "W D"]
 ) -> tuple[Float[Array, "C D"], Float[Array, "W D"]]:
     """The hidden states' gradient of the chunk's loss sum, this shard's part of it, and `unembed_ct` with its own."""
     kd_ct = call.objective.kd_loss_weight * chunk.weight

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kdjax.losses.dispatch import Call
+from kdjax.losses.dispatch import LossCall
 from kdjax.losses.fused import dense, gathered
 from kdjax.losses.fused.chunk import Chunk, split
 from kdjax.losses.objective import LossSums, Supervision, computation_dtype
@@ -39,7 +39,7 @@ GATHERED_CHUNK_TOKENS_ELSEWHERE = 256
 
 
 def linear_losses(
-    call: Call,
+    call: LossCall,
     hidden: Float[Array, "B T D"],
     unembed: Float[Array, "W D"],
     supervision: Supervision,
@@ -57,11 +57,11 @@ def linear_losses(
     return _sums(call, chunks.hidden, unembed, chunks.weight, chunks.supervision)
 
 
-def _path(call: Call) -> ModuleType:
+def _path(call: LossCall) -> ModuleType:
     return gathered if call.implementation == "gathered" else dense
 
 
-def _chunk_tokens(call: Call) -> int:
+def _chunk_tokens(call: LossCall) -> int:
     if _path(call) is gathered:
         return GATHERED_CHUNK_TOKENS.get(platform(), GATHERED_CHUNK_TOKENS_ELSEWHERE)
     return DENSE_CHUNK_TOKENS.get(platform(), DENSE_CHUNK_TOKENS_ELSEWHERE)
@@ -69,7 +69,7 @@ def _chunk_tokens(call: Call) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(
-    call: Call,
+    call: LossCall,
     hidden: Float[Array, "n C D"],
     unembed_WxD: Float[Array, "W D"],
     weight: Float[Array, "n C"],
@@ -96,7 +96,7 @@ class _Gradients(NamedTuple):
 
 
 def _sums_and_gradients(
-    call: Call,
+    call: LossCall,
     hidden: Float[Array, "n C D"],
     unembed_WxD: Float[Array, "W D"],
     weight: Float[Array, "n C"],
@@ -123,7 +123,7 @@ def _sums_and_gradients(
 
 
 def _scale_gradients(
-    call: Call, gradients: _Gradients, sums_ct: LossSums
+    call: LossCall, gradients: _Gradients, sums_ct: LossSums
 ) -> tuple[Float[Array, "n C D"], Float[Array, "W D"], None, None]:
     """The gradients times the loss's cotangent, summed over shards, rounded to the arguments' dtypes at the end."""
     axes = call.vocabulary.axis_names
