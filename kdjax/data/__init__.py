@@ -1,9 +1,9 @@
-"""Records of cached teacher logits, from the paths in a configuration to the batches of a step.
+"""Records of cached teacher logits, from the configured paths to the batches of a step.
 
-    files -> unpacking -> index -> store (records, checks, mending) -> dataset (survey, manifest)
+    files (paths, decompress, index, scratch) -> store (records, checks, repair) -> dataset (survey, manifest)
           -> loader (sampler, packing) -> Batch
 
-Each module knows those to its left only. Nothing here touches a device.
+Each module imports only from those before it. Nothing here touches a device.
 """
 
 from kdjax.data.dataset import Dataset, open_dataset

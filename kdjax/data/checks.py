@@ -1,8 +1,8 @@
-"""What a decoded record must satisfy before the loss may see it, and what is mended on the way.
+"""Checks a decoded record before the loss may use it, and brings its entries into one form: logits, descending.
 
-Refused (RecordError): ids outside the vocabulary, NaN and +inf, positions without a teacher entry, mask
-values outside 0 and 1, values that are not of the kind that data.kind names. Mended, and counted: unsorted
-rows, duplicate ids. Where the loss mask is 0 nothing of the teacher is looked at: it is zeroed.
+Refused with a RecordError: ids outside the vocabulary, NaN and +inf, positions without a teacher entry, mask values
+outside 0 and 1, values that are not of the declared data.kind. Repaired and counted (repair.py): unsorted rows and
+duplicate ids. Where the loss mask is 0 the teacher's entries are not checked but set to zero.
 """
 
 import dataclasses
@@ -10,71 +10,70 @@ import dataclasses
 import numpy as np
 
 from kdjax.config import DataConfig
-from kdjax.data.records import Record, RecordError, located
-from kdjax.data.repair import merge_repeats, sort_entries
+from kdjax.data.records import Record, RecordError, brackets, prefix_errors
+from kdjax.data.repair import merge_duplicates, sort_entries
 
-# How far above 1 a sum of probabilities may be: bfloat16 moves log-probabilities of -8 to -16 by up to 0.03,
-# and raw logits and logsumexps of 32 to 64 by up to 0.125 each.
+# How far above 1 a sum of probabilities may be. Rounding to bfloat16 moves log-probabilities between -8 and -16 by up
+# to 0.03 (MASS_TOLERANCE), and raw logits and logsumexps between 32 and 64 by up to 0.125 each (LSE_TOLERANCE).
 MASS_TOLERANCE = 0.05
 LSE_TOLERANCE = 0.5
-ROUNDING = 1e-5  # a sum of probabilities beyond 1 by less is float32's rounding, not worth counting
-ENOUGH_ENTRIES = 8  # from which on values that all look like probabilities are no accident
+ROUNDING = 1e-5  # a sum of probabilities may exceed 1 by this much in float32 without being counted
+ENOUGH_ENTRIES = 8  # with this many entries it is no accident that all of them look like probabilities
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
-    """What the records of a set are held against."""
+class Requirements:
+    """What the records of a set must satisfy."""
 
     data: DataConfig
     vocab_size: int  # the student's true vocabulary
     need_log_sum_exp: bool = False
-    ignore_teacher_ids: bool = False  # another vocabulary's: only values and their ranks are used
+    ignore_teacher_ids: bool = False  # they belong to another vocabulary: only values and ranks are used
 
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """Positions of a record, or of several, that were mended or are worth counting."""
+    """Counts of positions, in one record or several, that were repaired or are worth reporting."""
 
     unsorted: int = 0
-    repeated: int = 0  # had an id twice
-    over_unity: int = 0  # stored entries sum to more than the stored logsumexp; the loss clamps
-    mass: float = 0.0  # the entries' share of the teacher's probability, summed over positions
-    weighed: int = 0  # positions with a known logsumexp
+    duplicates: int = 0  # had an id more than once
+    over_unity: int = 0  # the entries sum to more than the stored logsumexp; the loss clamps them
+    mass_sum: float = 0.0  # share of the teacher's probability that the entries hold, summed over positions ...
+    mass_count: int = 0  # ... of which there are this many: those with a known logsumexp
 
     def __add__(self, other: "Findings") -> "Findings":
         return Findings(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
-def check(record: Record, rules: Rules, where: str) -> tuple[Record, Findings]:
-    """The record as the loss may use it, and what was found: logits, descending, cut to `data.top_k` entries.
+def check(record: Record, requirements: Requirements, where: str) -> tuple[Record, Findings]:
+    """Returns the record as the loss may use it (logits in descending order, cut to `data.top_k`) and the findings.
 
-    `where` (file and record number) starts every error, a RecordError.
+    Raises RecordError, which starts with `where` (the file and record number), if the record cannot be used.
     """
-    with located(where):
-        return _check(record, rules)
+    with prefix_errors(where):
+        return _check(record, requirements)
 
 
-def _check(record: Record, rules: Rules) -> tuple[Record, Findings]:
-    data = rules.data
-    live_S = _live(record, data)
-    tokens_S = _tokens(record, live_S, rules.vocab_size)
-    _require_range(record.labels, live_S, rules.vocab_size, "labels")
-    if rules.need_log_sum_exp and record.log_sum_exp_logits is None and data.kind == "logits":
+def _check(record: Record, requirements: Requirements) -> tuple[Record, Findings]:
+    data = requirements.data
+    unmasked_S = _unmasked(record, data)
+    tokens_S = _tokens(record, unmasked_S, requirements.vocab_size)
+    _require_range(record.labels, unmasked_S, requirements.vocab_size, "labels")
+    if requirements.need_log_sum_exp and record.log_sum_exp_logits is None and data.kind == "logits":
         raise RecordError(
-            "no field log_sum_exp_logits, and loss.tail = 'ghost' needs it; cache the teacher's logits "
-            "with it, or set loss.tail=renormalize"
+            "no field log_sum_exp_logits, which loss.tail = 'ghost' needs; cache the teacher's logits with it, or set "
+            "loss.tail=renormalize"
         )
-    logits_SxK, ids_SxK = _entries(record, live_S, rules)
-    logits_SxK, lse_S = _as_logits(logits_SxK, record.log_sum_exp_logits, live_S, rules)
+    logits_SxK, ids_SxK = _entries(record, unmasked_S, requirements)
+    logits_SxK, lse_S = _as_logits(logits_SxK, record.log_sum_exp_logits, unmasked_S, requirements)
     logits_SxK, ids_SxK, unsorted = sort_entries(logits_SxK, ids_SxK, data.strict)
-    repeated = 0
-    if not rules.ignore_teacher_ids:
-        logits_SxK, ids_SxK, repeated = merge_repeats(logits_SxK, ids_SxK, live_S, data.strict)
+    duplicates = 0
+    if not requirements.ignore_teacher_ids:
+        logits_SxK, ids_SxK, duplicates = merge_duplicates(logits_SxK, ids_SxK, unmasked_S, data.strict)
     logits_SxK, ids_SxK = logits_SxK[:, : data.top_k], ids_SxK[:, : data.top_k]
-    mass_S = _mass(logits_SxK[live_S], 0.0 if lse_S is None else lse_S[live_S, None])
     checked = Record(
         tokens_S,
-        np.where(live_S, record.labels, 0),
+        np.where(unmasked_S, record.labels, 0),
         record.loss_mask,
         np.ascontiguousarray(logits_SxK),
         np.ascontiguousarray(ids_SxK),
@@ -82,13 +81,14 @@ def _check(record: Record, rules: Rules) -> tuple[Record, Findings]:
         record.index,
     )
     if lse_S is None:
-        return checked, Findings(unsorted, repeated)
+        return checked, Findings(unsorted, duplicates)
+    mass_S = _mass(logits_SxK[unmasked_S], lse_S[unmasked_S, None])
     over_unity = int(np.sum(mass_S > 1 + ROUNDING))
-    return checked, Findings(unsorted, repeated, over_unity, float(mass_S.sum()), len(mass_S))
+    return checked, Findings(unsorted, duplicates, over_unity, float(mass_S.sum()), len(mass_S))
 
 
-def _live(record: Record, data: DataConfig) -> np.ndarray:
-    """Where the loss mask is above 0."""
+def _unmasked(record: Record, data: DataConfig) -> np.ndarray:
+    """Returns where the loss mask is above 0."""
     mask_S = record.loss_mask
     outside = ~((mask_S >= 0) & (mask_S <= 1))  # so that NaN is outside
     if outside.any():
@@ -98,129 +98,125 @@ def _live(record: Record, data: DataConfig) -> np.ndarray:
     if between.any() and not data.weighted_mask:
         t = int(np.argmax(between))
         raise RecordError(
-            f"loss_mask[{t}] = {mask_S[t]:g}, neither 0 nor 1; if these are weights, say so with "
-            "data.weighted_mask=True"
+            f"loss_mask[{t}] = {mask_S[t]:g} is neither 0 nor 1; if the mask holds weights, set data.weighted_mask=True"
         )
     return mask_S > 0
 
 
-def _tokens(record: Record, live_S: np.ndarray, vocab_size: int) -> np.ndarray:
-    """The tokens. Those after the last unmasked position are padding that nothing reads: any id will do."""
-    read_S = np.arange(len(record)) <= (np.flatnonzero(live_S)[-1] if live_S.any() else -1)
+def _tokens(record: Record, unmasked_S: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Returns the tokens, checked up to the last unmasked position. Those after it are not used, so any id will do."""
+    read_S = np.arange(len(record)) <= (np.flatnonzero(unmasked_S)[-1] if unmasked_S.any() else -1)
     _require_range(record.tokens, read_S, vocab_size, "tokens")
     in_range_S = (record.tokens >= 0) & (record.tokens < vocab_size)
     return np.where(in_range_S, record.tokens, 0)
 
 
-def _require_range(ids: np.ndarray, counts: np.ndarray, vocab_size: int, name: str) -> None:
-    """Raise unless every id that counts is in [0, vocab_size)."""
-    outside = counts & ((ids < 0) | (ids >= vocab_size))
+def _require_range(ids: np.ndarray, used: np.ndarray, vocab_size: int, name: str) -> None:
+    """Raises RecordError unless every id that is used lies in [0, vocab_size)."""
+    outside = used & ((ids < 0) | (ids >= vocab_size))
     if outside.any():
-        position = np.argwhere(outside)[0]
-        place = "".join(f"[{step}]" for step in position)
+        position = tuple(np.argwhere(outside)[0])
         raise RecordError(
-            f"{name}{place} = {ids[tuple(position)]} is outside the student's vocabulary, 0 to "
-            f"{vocab_size - 1}; teacher and student must share a tokenizer (if they do not, see "
-            "loss.cross_tokenizer), or this record is damaged"
+            f"{name}{brackets(position)} = {ids[position]} is outside the student's vocabulary, 0 to {vocab_size - 1}; "
+            "either teacher and student have different tokenizers (see loss.cross_tokenizer), or this record is damaged"
         )
 
 
-def _entries(record: Record, live_S: np.ndarray, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
-    """The teacher's values and ids: checked where unmasked, (0, 0) where masked; ids 0 where absent."""
+def _entries(record: Record, unmasked_S: np.ndarray, requirements: Requirements) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the teacher's values and ids: checked where unmasked, 0 where masked; id 0 where there is no entry."""
     values_SxK, ids_SxK = record.topk_logits, record.topk_token_ids
-    live_Sx1 = live_S[:, None]
-    damaged = live_Sx1 & (np.isnan(values_SxK) | np.isposinf(values_SxK))
+    unmasked_Sx1 = unmasked_S[:, None]
+    damaged = unmasked_Sx1 & (np.isnan(values_SxK) | np.isposinf(values_SxK))
     if damaged.any():
         t, k = np.argwhere(damaged)[0]
         raise RecordError(
-            f"topk_logits[{t}][{k}] = {values_SxK[t, k]} where loss_mask is not 0; the teacher's output "
-            "was not finite there: write this record again, or allow it to be left out with "
-            "data.max_bad_records"
+            f"topk_logits[{t}][{k}] = {values_SxK[t, k]} at an unmasked position: the teacher's output was not finite; "
+            "generate this record again, or allow it to be skipped with data.max_bad_records"
         )
     present_SxK = values_SxK > -np.inf
-    empty_S = live_S & ~present_SxK.any(axis=1)
+    empty_S = unmasked_S & ~present_SxK.any(axis=1)
     if empty_S.any():
         t = int(np.argmax(empty_S))
         raise RecordError(
-            f"topk_logits[{t}] = {record.topk_logits[t].tolist()} has no finite entry where loss_mask is "
-            "not 0; the teacher must name at least one token: write this record again, or mask the position"
+            f"topk_logits[{t}] = {record.topk_logits[t].tolist()} has no finite entry at an unmasked position; the "
+            "teacher must give at least one token: generate this record again, or mask the position"
         )
-    if not rules.ignore_teacher_ids:
-        _require_range(ids_SxK, live_Sx1 & present_SxK, rules.vocab_size, "topk_token_ids")
-    return (
-        np.where(live_Sx1, values_SxK, np.float32(0)),
-        np.where(live_Sx1 & present_SxK & (ids_SxK >= 0) & (ids_SxK < rules.vocab_size), ids_SxK, 0),
-    )
+    if not requirements.ignore_teacher_ids:
+        _require_range(ids_SxK, unmasked_Sx1 & present_SxK, requirements.vocab_size, "topk_token_ids")
+    usable_SxK = unmasked_Sx1 & present_SxK & (ids_SxK >= 0) & (ids_SxK < requirements.vocab_size)
+    return np.where(unmasked_Sx1, values_SxK, np.float32(0)), np.where(usable_SxK, ids_SxK, 0)
 
 
 def _as_logits(
-    values_SxK: np.ndarray, lse_S: np.ndarray | None, live_S: np.ndarray, rules: Rules
+    values_SxK: np.ndarray, lse_S: np.ndarray | None, unmasked_S: np.ndarray, requirements: Requirements
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Values of the declared kind as logits, with their logsumexp (0 for what is normalised already)."""
-    kind = rules.data.kind
+    """Returns values of the declared kind as logits, and their logsumexp (0 for log_probs and probs)."""
+    kind = requirements.data.kind
     if kind == "logits":
-        _refuse_probabilities(values_SxK, live_S)
-        return values_SxK, None if lse_S is None else _checked_lse(values_SxK, lse_S, live_S, rules)
+        _refuse_probabilities(values_SxK, unmasked_S)
+        return values_SxK, None if lse_S is None else _checked_lse(values_SxK, lse_S, unmasked_S, requirements)
     if kind == "probs":
-        values_SxK = _log(values_SxK, live_S)
+        values_SxK = _log(values_SxK, unmasked_S)
     mass_S = _mass(values_SxK, 0.0)
-    over_S = live_S & (mass_S > 1 + MASS_TOLERANCE)
+    over_S = unmasked_S & (mass_S > 1 + MASS_TOLERANCE)
     if over_S.any():
         t = int(np.argmax(over_S))
-        what = "probabilities" if kind == "probs" else "log-probabilities"
+        noun = "probabilities" if kind == "probs" else "log-probabilities"
         raise RecordError(
-            f"topk_logits[{t}], read as {what} (data.kind = {kind!r}), sums to {mass_S[t]:.4g}, above 1; if "
-            "these are logits, set data.kind=logits"
+            f"topk_logits[{t}], read as {noun} (data.kind = {kind!r}), sums to {mass_S[t]:.4g}, above 1; if these are "
+            "logits, set data.kind=logits"
         )
     return values_SxK, np.zeros(len(values_SxK), np.float32)
 
 
-def _log(probs_SxK: np.ndarray, live_S: np.ndarray) -> np.ndarray:
-    """Logarithms where unmasked, -inf for 0; 0 where masked."""
-    live_Sx1 = live_S[:, None]
-    outside = live_Sx1 & (probs_SxK > -np.inf) & ((probs_SxK < 0) | (probs_SxK > 1 + MASS_TOLERANCE))
+def _log(probs_SxK: np.ndarray, unmasked_S: np.ndarray) -> np.ndarray:
+    """Returns the logarithms of probabilities where unmasked (-inf for 0), and 0 where masked."""
+    unmasked_Sx1 = unmasked_S[:, None]
+    outside = unmasked_Sx1 & (probs_SxK > -np.inf) & ((probs_SxK < 0) | (probs_SxK > 1 + MASS_TOLERANCE))
     if outside.any():
         t, k = np.argwhere(outside)[0]
         raise RecordError(
-            f"topk_logits[{t}][{k}] = {probs_SxK[t, k]:g} is no probability, and data.kind = 'probs'; set "
+            f"topk_logits[{t}][{k}] = {probs_SxK[t, k]:g} is not a probability, and data.kind = 'probs'; set "
             "data.kind=logits or data.kind=log_probs"
         )
-    positive = live_Sx1 & (probs_SxK > 0)
-    empty_S = live_S & ~positive.any(axis=1)
+    positive = unmasked_Sx1 & (probs_SxK > 0)
+    empty_S = unmasked_S & ~positive.any(axis=1)
     if empty_S.any():
         t = int(np.argmax(empty_S))
         raise RecordError(
-            f"topk_logits[{t}] holds no probability above 0 where loss_mask is not 0; write this record "
-            "again, or mask the position"
+            f"topk_logits[{t}] has no probability above 0 at an unmasked position; generate this record again, or mask "
+            "the position"
         )
-    absent = np.where(live_Sx1, np.float32(-np.inf), np.zeros_like(probs_SxK))
+    absent = np.where(unmasked_Sx1, np.float32(-np.inf), np.zeros_like(probs_SxK))
     return np.log(probs_SxK, out=absent, where=positive)
 
 
-def _checked_lse(logits_SxK: np.ndarray, lse_S: np.ndarray, live_S: np.ndarray, rules: Rules) -> np.ndarray:
-    """The stored logsumexp, 0 where masked; refused if it is needed and cannot belong to these logits."""
-    lse_S = np.where(live_S, lse_S, np.float32(0))
+def _checked_lse(
+    logits_SxK: np.ndarray, lse_S: np.ndarray, unmasked_S: np.ndarray, requirements: Requirements
+) -> np.ndarray:
+    """Returns the stored logsumexp, 0 where masked. Raises RecordError if it is needed and cannot fit these logits."""
+    lse_S = np.where(unmasked_S, lse_S, np.float32(0))
     if not np.isfinite(lse_S).all():
         t = int(np.argmin(np.isfinite(lse_S)))
         raise RecordError(
-            f"log_sum_exp_logits[{t}] = {lse_S[t]} where loss_mask is not 0; write this record again, or "
-            "allow it to be left out with data.max_bad_records"
+            f"log_sum_exp_logits[{t}] = {lse_S[t]} at an unmasked position; generate this record again, or allow it to "
+            "be skipped with data.max_bad_records"
         )
     mass_S = _mass(logits_SxK, lse_S[:, None])
-    over_S = live_S & (mass_S > 1 + LSE_TOLERANCE)
-    if over_S.any() and rules.need_log_sum_exp:
+    over_S = unmasked_S & (mass_S > 1 + LSE_TOLERANCE)
+    if over_S.any() and requirements.need_log_sum_exp:
         t = int(np.argmax(over_S))
         raise RecordError(
-            f"topk_logits[{t}] sums to {mass_S[t]:.4g} of exp(log_sum_exp_logits[{t}] = {lse_S[t]:g}), and "
-            "a part cannot exceed the whole; both must be shifted alike (NeMo-Aligner subtracts each "
-            "position's maximum from both): write the records again, or set loss.tail=renormalize"
+            f"topk_logits[{t}] sums to {mass_S[t]:.4g} times exp(log_sum_exp_logits[{t}] = {lse_S[t]:g}), more than "
+            "the whole vocabulary; logits and logsumexp must be shifted by the same amount (NeMo-Aligner subtracts "
+            "each position's maximum from both): generate the records again, or set loss.tail=renormalize"
         )
     return lse_S
 
 
-def _refuse_probabilities(values_SxK: np.ndarray, live_S: np.ndarray) -> None:
-    """Raise if what should be logits is all within [0, 1] with rows that sum to no more than 1."""
-    rows = values_SxK[live_S]
+def _refuse_probabilities(values_SxK: np.ndarray, unmasked_S: np.ndarray) -> None:
+    """Raises RecordError if supposed logits all lie within [0, 1] and no row sums to more than 1."""
+    rows = values_SxK[unmasked_S]
     present = rows > -np.inf
     if np.count_nonzero(present) < ENOUGH_ENTRIES:
         return
@@ -228,15 +224,14 @@ def _refuse_probabilities(values_SxK: np.ndarray, live_S: np.ndarray) -> None:
         return
     sums = np.where(present, rows, 0).sum(axis=1)
     if (sums <= 1 + MASS_TOLERANCE).all():
-        t = int(np.flatnonzero(live_S)[0])
+        t = int(np.flatnonzero(unmasked_S)[0])
         raise RecordError(
-            f"topk_logits looks like probabilities (all within 0 and 1, position {t} sums to "
-            f"{sums[0]:.4g}), and data.kind = 'logits'; set data.kind=probs, or store logits or "
-            "log-probabilities"
+            f"topk_logits looks like probabilities (all between 0 and 1, position {t} sums to {sums[0]:.4g}), and "
+            "data.kind = 'logits'; set data.kind=probs, or store logits or log-probabilities"
         )
 
 
 def _mass(logits_SxK: np.ndarray, lse_Sx1: np.ndarray | float) -> np.ndarray:
-    """Sum of exp(logit - lse) at each position; inf where float32 cannot hold it."""
+    """Returns the sum of exp(logit - lse) at each position, inf where it overflows float32."""
     with np.errstate(over="ignore", under="ignore"):
         return np.exp(logits_SxK - lse_Sx1).sum(axis=1)

@@ -1,51 +1,53 @@
-"""A set of records, opened and surveyed before any step, then read record by record."""
+"""A set of records: opened and surveyed before the first step, then read record by record."""
 
 import dataclasses
 import hashlib
 import json
 import logging
+import sys
 
 import numpy as np
 
+from kdjax.cli import Progress
 from kdjax.config import DataConfig
-from kdjax.data.checks import Rules
-from kdjax.data.errors import progress_bar
-from kdjax.data.files.paths import resolve
+from kdjax.config.validate import require_one_temperature
+from kdjax.data.checks import Requirements
+from kdjax.data.files.paths import find_sources
 from kdjax.data.files.scratch import open_scratch
-from kdjax.data.manifest import Manifest, read_manifest, require_agreement, require_one_temperature
+from kdjax.data.manifest import Manifest, compare_contents, read_manifest, require_agreement
 from kdjax.data.packing import pack_rows
 from kdjax.data.records import Record
-from kdjax.data.store import RecordFile, RecordStore, choose
-from kdjax.data.survey import Survey, judge
+from kdjax.data.store import RecordFile, RecordStore, select_records
+from kdjax.data.survey import Survey, counted, describe, diagnose
 from kdjax.types import UserError
 
 log = logging.getLogger(__name__)
 
-# The knobs that decide which records a step sees and what is in them, given the files.
-READING_KNOBS = ("sequence_length", "top_k", "shuffle", "seed", "pack", "over_long", "kind", "dedupe")
+# The knobs that decide, for given files, which records a step sees and what they contain.
+FINGERPRINT_KNOBS = ("sequence_length", "top_k", "shuffle", "seed", "pack", "over_long", "kind", "dedupe")
 
 
 class Dataset:
-    """Checked records by number, all with the same number of teacher entries. Safe from several threads.
+    """Checked records by number, all with the same number of teacher entries. Safe to use from several threads.
 
     Attributes:
-        top_k: teacher entries of every position of every record (K).
-        has_log_sum_exp: whether every record carries the teacher's logsumexp.
+        top_k: teacher entries at every position of every record (K).
+        has_log_sum_exp: whether every record has the teacher's logsumexp.
         fingerprint: hex digest of the files' contents and of the knobs that decide what is read from them.
-        warnings: what the survey found worth a look; empty if all is well.
-        rows: with data.pack, the record numbers of each row; else None, and every record is a row.
+        warnings: what looked wrong in the survey, as `open_dataset` logged it; empty if nothing did.
+        rows: with data.pack, the record numbers of each row; None if every record is a row.
     """
 
-    def __init__(self, store: RecordStore, found: Survey, manifests: list[Manifest], warnings: list[str]):
-        data = store.rules.data
+    def __init__(self, store: RecordStore, survey: Survey, manifests: list[Manifest], warnings: list[str]):
+        data = store.requirements.data
         self.data = data
-        self.top_k = data.top_k or found.largest_top_k
-        self.has_log_sum_exp = found.with_log_sum_exp == found.records
+        self.top_k = data.top_k or survey.largest_top_k
+        self.has_log_sum_exp = survey.with_log_sum_exp == survey.records
         self.fingerprint = _fingerprint(store)
         self.warnings = tuple(warnings)
-        self.rows = pack_rows(store.choice.lengths.tolist(), data.sequence_length) if data.pack else None
+        self.rows = pack_rows(store.selection.lengths.tolist(), data.sequence_length) if data.pack else None
         self._store = store
-        self._survey = found
+        self._survey = survey
         self._manifests = manifests
 
     def __len__(self) -> int:
@@ -53,68 +55,56 @@ class Dataset:
 
     @property
     def bad_records(self) -> int:
-        """Damaged records met so far; each counts once and is read as a record without unmasked positions."""
+        """Number of damaged records met so far, each counted once. Each is read as a record that is all masked."""
         return self._store.bad_records
 
     def __getitem__(self, i: int) -> Record:
-        """Record `i`, from 0.
+        """Returns record `i`, from 0.
 
-        Raises UserError for damage beyond data.max_bad_records, and for a record unlike those surveyed.
+        Raises UserError if more than data.max_bad_records are damaged, and for a record unlike those surveyed.
         """
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
-        checked = self._store.checked(i)
+        checked = self._store.read(i)
         if checked is None:
-            return _blank(int(self._store.choice.lengths[i]), self.top_k, self.has_log_sum_exp)
+            return _masked_record(int(self._store.selection.lengths[i]), self.top_k, self.has_log_sum_exp)
         record, _ = checked
         if record.top_k > self.top_k:
             raise UserError(
-                f"{self._store.where(i)}: holds {record.top_k} teacher entries a position, more than the "
-                f"{self.top_k} of the {self._survey.records} records checked at start; set data.top_k (to "
-                f"{record.top_k} or less)"
+                f"{self._store.where(i)}: has {record.top_k} teacher entries per position, more than the {self.top_k} "
+                f"of the {self._survey.records} records checked at the start; set data.top_k to {record.top_k} or less"
             )
         if self.has_log_sum_exp and record.log_sum_exp_logits is None:
             raise UserError(
-                f"{self._store.where(i)}: no field log_sum_exp_logits, which the {self._survey.records} "
-                "records checked at start have; write it again, or set data.verify_records=-1 to have "
-                "all checked"
+                f"{self._store.where(i)}: no field log_sum_exp_logits, which the {self._survey.records} records "
+                "checked at the start have; generate it again, or set data.verify_records=-1 to check all at the start"
             )
         if not self.has_log_sum_exp:
             record = dataclasses.replace(record, log_sum_exp_logits=None)
-        return record if record.top_k == self.top_k else record.widened(self.top_k)
+        return record if record.top_k == self.top_k else record.padded(self.top_k)
 
     def summary(self) -> list[str]:
-        """Lines to print at start: what was found, what was passed over, and the warnings."""
-        choice, found, data = self._store.choice, self._survey, self.data
-        tokens = int(choice.lengths.sum())
-        lines = [f"{len(self._store.files)} file(s), {len(self):,} records, {tokens:,} tokens"]
-        for manifest in self._manifests:
-            who = manifest.teacher or "not named"
-            lines.append(f"{manifest.path}: teacher {who}, licence {manifest.license or 'not stated'}")
+        """Returns lines to print at the start: what the set holds, what the survey found, what is not used."""
+        selection, data, length = self._store.selection, self.data, self.data.sequence_length
+        tokens = int(selection.lengths.sum())
+        files = self._store.files
+        lines = [f"{counted(len(files), 'file')}, {counted(len(self), 'record')}, {tokens:,} tokens"]
+        lines += [
+            f"{manifest.path}: teacher {manifest.teacher or 'not named'}, licence {manifest.license or 'not stated'}"
+            for manifest in self._manifests
+        ]
         if self.rows is not None:
-            fill = tokens / (len(self.rows) * data.sequence_length)
-            lines.append(f"packed into {len(self.rows):,} rows of {data.sequence_length}, {fill:.1%} full")
-        fewer = f" (in some records {found.smallest_top_k})" if found.smallest_top_k != self.top_k else ""
-        lines.append(f"top-k {self.top_k}{fewer}, kind {data.kind}")
-        lines.append(f"{found.unmasked / found.tokens:.1%} of tokens unmasked, in {found.records:,} records checked")
-        if not self._store.rules.ignore_teacher_ids:
-            here, before, after = found.agreement
-            lines.append(
-                f"teacher's first choice is the label at {here:.1%} of positions ({before:.1%} and "
-                f"{after:.1%} one position off)"
-            )
-        if found.findings.weighed:
-            mean = found.findings.mass / found.findings.weighed
-            lines.append(f"top-{self.top_k} holds {mean:.1%} of the teacher's probability on average")
-        passed_over = {
-            "cut off at the end of a file and dropped": sum(file.is_cut for file in self._store.files),
-            f"longer than {data.sequence_length} tokens and dropped": choice.dropped,
-            f"longer than {data.sequence_length} tokens and truncated": choice.truncated,
-            "superseded by a later one of the same index and left out": choice.repeated if data.dedupe else 0,
-            "damaged and left out": self.bad_records,
+            fill = tokens / (len(self.rows) * length)
+            lines.append(f"packed into {counted(len(self.rows), 'row')} of {length} tokens, {fill:.1%} full")
+        lines += describe(self._survey, self.top_k, data.kind, self._store.requirements.ignore_teacher_ids)
+        unused = {
+            "dropped: cut off at the end of a file": sum(file.is_cut for file in files),
+            f"dropped: longer than {length} tokens": selection.dropped,
+            f"truncated to {length} tokens": selection.truncated,
+            "skipped: a later record has the same index": selection.superseded if data.dedupe else 0,
+            "skipped: damaged": self.bad_records,
         }
-        lines += [f"{count:,} record(s) {what}" for what, count in passed_over.items() if count]
-        return lines + [f"warning: {warning}" for warning in self.warnings]
+        return lines + [f"{counted(number, 'record')} {reason}" for reason, number in unused.items() if number]
 
 
 def open_dataset(
@@ -127,22 +117,22 @@ def open_dataset(
     need_log_sum_exp: bool = False,
     ignore_teacher_ids: bool = False,
 ) -> Dataset:
-    """Resolve, unpack, index and survey the records behind `paths`.
+    """Finds, decompresses, indexes and surveys the records that `paths` stand for, and logs what looks wrong.
 
     Args:
         paths: data.train or data.val.
         data: how to read them.
-        vocab_size: the student's true vocabulary; tokens, labels and teacher's ids must be below it.
-        tokenizer_sha256: of the student's tokenizer, held against the manifest's.
-        target_logits_scale: the loss's, which must be 1 if the stored logits carry a temperature already.
+        vocab_size: the student's true vocabulary; tokens, labels and the teacher's ids must be below it.
+        tokenizer_sha256: of the student's tokenizer, compared with the manifest's.
+        target_logits_scale: the loss's, which must be 1 if the stored logits are already divided by a temperature.
         need_log_sum_exp: refuse records without the teacher's logsumexp.
-        ignore_teacher_ids: the teacher's vocabulary is another one and only its values are used, by rank.
+        ignore_teacher_ids: the teacher has another vocabulary, so that only its values are used, by rank.
 
     Raises:
-        UserError: for what can be known before the first step, with file, record, field, value and remedy.
+        UserError: for all that can be known before the first step, with file, record, field, value and remedy.
     """
     require_one_temperature(data, target_logits_scale)
-    sources = resolve(paths, data.n_chunks)
+    sources = find_sources(paths, data.n_chunks)
     manifests = [m for d in dict.fromkeys(s.path.parent for s in sources) if (m := read_manifest(d))]
     for manifest in manifests:
         require_agreement(
@@ -154,64 +144,53 @@ def open_dataset(
         )
     scratch = open_scratch(data.scratch_dir)
     files = [RecordFile(source, scratch, data.allow_truncated) for source in sources]
-    choice = choose(files, data)
-    store = RecordStore(files, choice, Rules(data, vocab_size, need_log_sum_exp, ignore_teacher_ids))
-    for i in np.flatnonzero(choice.stored_lengths < 1):  # known from the index to be damaged
-        store.checked(int(i))
-    found = _survey(store)
-    warnings = judge(found, data.top_k, compare_ids=not ignore_teacher_ids)
-    if choice.repeated and not data.dedupe:
+    selection = select_records(files, data)
+    store = RecordStore(files, selection, Requirements(data, vocab_size, need_log_sum_exp, ignore_teacher_ids))
+    for i in np.flatnonzero(selection.stored_lengths < 1):  # the index shows that these are damaged
+        store.read(int(i))
+    survey = _take_survey(store)
+    warnings = diagnose(survey, data.top_k, ignore_teacher_ids)
+    if selection.superseded and not data.dedupe:
         warnings.append(
-            f"{choice.repeated} record(s) share their index with a later one of the same path, as when a "
-            "run was repeated and appended; data.dedupe=True keeps the last of each"
+            f"{counted(selection.superseded, 'record')} with the index of a later record of the same path, as if a run "
+            "had been repeated and its records appended; data.dedupe=True keeps only the last of each"
         )
-    warnings += _manifest_warnings(manifests, found, int(choice.stored_lengths.max()))
+    for manifest in manifests:
+        warnings += compare_contents(manifest, survey.largest_top_k, int(selection.stored_lengths.max()))
     for warning in warnings:
         log.warning("%s: %s", ",".join(paths), warning)
-    return Dataset(store, found, manifests, warnings)
+    return Dataset(store, survey, manifests, warnings)
 
 
-def _survey(store: RecordStore) -> Survey:
-    """Read data.verify_records records in full, spread evenly over the set (at least one)."""
-    wanted = store.rules.data.verify_records
-    count = len(store) if wanted < 0 else min(len(store), max(1, wanted))
-    found = Survey()
-    with progress_bar("checking records", count, "record") as bar:
-        for i in np.unique(np.linspace(0, len(store) - 1, count).round().astype(int)):
-            checked = store.checked(int(i))
+def _take_survey(store: RecordStore) -> Survey:
+    """Reads data.verify_records records (at least one), spread evenly over the set, and adds up their surveys."""
+    wanted = store.requirements.data.verify_records
+    number = len(store) if wanted < 0 else min(len(store), max(1, wanted))
+    survey = Survey()
+    with Progress("checking records", number, "record", delay_s=2.0, lines_to=sys.stdout) as progress:
+        for i in np.unique(np.linspace(0, len(store) - 1, number).round().astype(int)):
+            checked = store.read(int(i))
             if checked is not None:
-                found += Survey.of(*checked)
-            bar.update()
-    if not found.records:
+                survey += Survey.of(*checked)
+            progress.add(1)
+    if not survey.records:
         raise UserError(
             f"{store.files[0].source.path}: every record checked is damaged ({store.bad_records}, within "
-            f"data.max_bad_records = {store.rules.data.max_bad_records}); set it to 0 to see what is wrong"
+            f"data.max_bad_records = {store.requirements.data.max_bad_records}); set it to 0 to see what is wrong"
         )
-    return found
-
-
-def _manifest_warnings(manifests: list[Manifest], found: Survey, longest: int) -> list[str]:
-    warnings = []
-    for manifest in manifests:
-        if manifest.top_k is not None and found.largest_top_k > manifest.top_k:
-            warnings.append(f"{manifest.path}: top_k is {manifest.top_k}, but records hold {found.largest_top_k}")
-        if manifest.sequence_length is not None and longest > manifest.sequence_length:
-            warnings.append(
-                f"{manifest.path}: sequence_length is {manifest.sequence_length}, but a record has {longest} tokens"
-            )
-    return warnings
+    return survey
 
 
 def _fingerprint(store: RecordStore) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    knobs = {name: getattr(store.rules.data, name) for name in READING_KNOBS}
+    knobs = {name: getattr(store.requirements.data, name) for name in FINGERPRINT_KNOBS}
     digest.update(json.dumps([knobs, [file.index.digest for file in store.files]]).encode())
     digest.update(np.int64(len(store)).tobytes())  # data.allow_truncated may have dropped some
     return digest.hexdigest()
 
 
-def _blank(length: int, top_k: int, has_log_sum_exp: bool) -> Record:
-    """A record that weighs nothing."""
+def _masked_record(length: int, top_k: int, has_log_sum_exp: bool) -> Record:
+    """Returns a record of zeros, all masked."""
     return Record(
         np.zeros(length, np.int32),
         np.zeros(length, np.int32),

@@ -1,4 +1,4 @@
-"""Batches for the steps: the sampler's rows, read and assembled ahead of time by Grain's threads."""
+"""Batches for training and validation, read and assembled ahead of time by Grain's threads."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,17 +14,17 @@ from kdjax.types import Batch
 
 
 def rows_in_epoch(dataset: Dataset) -> int:
-    """Rows that show every record once: records, or packed rows of them."""
+    """Returns the number of rows that show every record once: of records, or with data.pack of packed rows."""
     return len(dataset) if dataset.rows is None else len(dataset.rows)
 
 
 def train_batches(
     dataset: Dataset, data: DataConfig, *, global_size: int, start_step: int, stop_step: int, rows: slice
 ) -> Iterator[Batch]:
-    """The batches of steps start_step .. stop_step - 1: of each global batch the `rows` of this process.
+    """Yields the batches of steps start_step to stop_step - 1: the `rows` of each global batch that this process reads.
 
-    What a step sees depends on the step alone, so a run taken up at any step goes on as if never interrupted.
-    Errors met while reading ahead are raised from the iterator, as the UserError they are.
+    The contents of a batch depend on the step alone, so that a run resumed at any step continues as if it had never
+    been interrupted. Errors met while reading ahead are raised from the iterator as the UserError they are.
     """
     size = rows_in_epoch(dataset)
 
@@ -38,9 +38,9 @@ def train_batches(
 def eval_batches(
     dataset: Dataset, data: DataConfig, *, global_size: int, max_batches: int | None, rows: slice
 ) -> Iterator[Batch]:
-    """Every row once, in file order (of `max_batches` global batches at most): this process's `rows` of each.
+    """Yields every row once, in file order, up to `max_batches` global batches: the `rows` of each for this process.
 
-    The last batch is filled up with rows that weigh nothing, so every row counts and every shape is the same.
+    The last batch is filled up with rows of weight 0, so that every row counts and all batches have one shape.
     """
     size = rows_in_epoch(dataset)
     batches = -(-size // global_size)
@@ -54,14 +54,13 @@ def eval_batches(
 
 
 def _load(dataset: Dataset, numbers_B: np.ndarray) -> Batch:
-    """The rows of these numbers; a number beyond the last row gives a row of padding."""
-    is_packed = dataset.rows is not None
+    """Reads the rows with these numbers; a number beyond the last row gives a row of padding."""
     batch = empty_batch(
         len(numbers_B),
         dataset.data.sequence_length,
         dataset.top_k,
         has_log_sum_exp=dataset.has_log_sum_exp,
-        packed=is_packed,
+        packed=dataset.rows is not None,
     )
     for row, number in enumerate(numbers_B.tolist()):
         if number < rows_in_epoch(dataset):
@@ -71,6 +70,6 @@ def _load(dataset: Dataset, numbers_B: np.ndarray) -> Batch:
 
 
 def _read_ahead(batches: Any, data: DataConfig) -> Iterator[Batch]:
-    """Iterate a Grain dataset with data.read_threads threads, data.prefetch batches ahead."""
+    """Iterates over a Grain dataset with data.read_threads threads that keep data.prefetch batches ready."""
     options = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch)
     return iter(batches.to_iter_dataset(options))

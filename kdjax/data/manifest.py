@@ -1,4 +1,4 @@
-"""The optional manifest.json beside records: what their maker knew, held against the configuration."""
+"""The optional manifest.json beside records: what their creator knew about them, compared with the configuration."""
 
 import dataclasses
 import json
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from kdjax.config import DataConfig
-from kdjax.data.errors import explained
+from kdjax.data.errors import explain_os_errors
 from kdjax.data.files.paths import MANIFEST
 from kdjax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Every field may be missing; other keys of the file are passed over."""
+    """The contents of a manifest.json. Every field is optional; other keys of the file are ignored."""
 
     path: Path
     teacher: str | None = None
@@ -39,26 +39,26 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a directory of records, or None where there is none. UserError if malformed."""
+    """Returns the manifest of a directory of records, None if there is none. Raises UserError if it is malformed."""
     path = directory / MANIFEST
     if not path.exists():
         return None
-    with explained(path, "read this manifest"):
+    with explain_os_errors(path, "read this manifest"):
         text = path.read_bytes()
     try:
         stored = json.loads(text)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); correct or remove this manifest") from error
     if not isinstance(stored, dict):
-        raise UserError(f"{path}: holds a {type(stored).__name__}; a manifest is a JSON object")
+        raise UserError(f"{path}: holds a {type(stored).__name__}; a manifest must be a JSON object")
     known = {key: _typed(path, key, stored[key]) for key in _TYPES if stored.get(key) is not None}
     return Manifest(path, **known)
 
 
 def _typed(path: Path, key: str, value: Any) -> Any:
     if type(value) not in _TYPES[key]:
-        wanted = " or ".join(kind.__name__ for kind in _TYPES[key])
-        raise UserError(f"{path}: {key} = {value!r} is a {type(value).__name__}; it must be {wanted}")
+        expected = " or ".join(kind.__name__ for kind in _TYPES[key])
+        raise UserError(f"{path}: {key} = {value!r} is a {type(value).__name__}; it must be {expected}")
     return value
 
 
@@ -70,7 +70,7 @@ def require_agreement(
     tokenizer_sha256: str | None,
     ignore_teacher_ids: bool,
 ) -> None:
-    """Hold a manifest against the configuration. Raises UserError naming both values and what would agree."""
+    """Raises UserError if a manifest contradicts the configuration, with both values and what to change."""
     path = manifest.path
     if manifest.kind not in (None, data.kind):
         raise UserError(f"{path}: kind is {manifest.kind!r}, data.kind is {data.kind!r}; set data.kind={manifest.kind}")
@@ -85,24 +85,26 @@ def require_agreement(
         )
     if ignore_teacher_ids:
         return
-    remedy = "compare values by rank with loss.cross_tokenizer=rank_match, or use a student of the same tokenizer"
+    remedy = "compare values by rank with loss.cross_tokenizer=rank_match, or use a student with the same tokenizer"
     if manifest.vocab_size is not None and manifest.vocab_size > vocab_size:
         raise UserError(
-            f"{path}: the teacher's vocabulary has {manifest.vocab_size} ids, the student's "
-            f"model.vocab_size is {vocab_size}, so some of the teacher's ids mean nothing to it; {remedy}"
+            f"{path}: the teacher's vocabulary has {manifest.vocab_size} ids, but the student's model.vocab_size is "
+            f"{vocab_size}, so that it does not know some of the teacher's ids; {remedy}"
         )
     if None not in (manifest.tokenizer_sha256, tokenizer_sha256) and manifest.tokenizer_sha256 != tokenizer_sha256:
         raise UserError(
-            f"{path}: tokenizer_sha256 is {manifest.tokenizer_sha256}, model.tokenizer_sha256 is "
-            f"{tokenizer_sha256}: the same ids mean other tokens; {remedy}"
+            f"{path}: tokenizer_sha256 is {manifest.tokenizer_sha256}, model.tokenizer_sha256 is {tokenizer_sha256}: "
+            f"the same ids mean different tokens; {remedy}"
         )
 
 
-def require_one_temperature(data: DataConfig, target_logits_scale: float) -> None:
-    """Raise UserError if the stored logits carry a temperature and the loss would apply another on top."""
-    if data.teacher_temperature != 1.0 and target_logits_scale != 1.0:
-        raise UserError(
-            f"data.teacher_temperature = {data.teacher_temperature:g} says that the stored logits are "
-            f"divided already, and loss.target_logits_scale = {target_logits_scale:g} would scale them "
-            "again: the temperature would be applied twice; set loss.target_logits_scale=1"
+def compare_contents(manifest: Manifest, largest_top_k: int, longest: int) -> list[str]:
+    """Returns warnings if the records hold more entries per position, or more tokens, than the manifest says."""
+    warnings = []
+    if manifest.top_k is not None and largest_top_k > manifest.top_k:
+        warnings.append(f"{manifest.path}: top_k is {manifest.top_k}, but records have {largest_top_k}")
+    if manifest.sequence_length is not None and longest > manifest.sequence_length:
+        warnings.append(
+            f"{manifest.path}: sequence_length is {manifest.sequence_length}, but a record has {longest} tokens"
         )
+    return warnings

@@ -1,4 +1,4 @@
-"""Records into rows: which share a row, and how rows become a `Batch`."""
+"""Packs records into rows, and writes rows into a `Batch`."""
 
 import bisect
 import dataclasses
@@ -12,15 +12,15 @@ from kdjax.types import Batch
 
 
 def pack_rows(lengths: Iterable[int], sequence_length: int) -> list[tuple[int, ...]]:
-    """Rows of record numbers, each row's records in file order and together no longer than `sequence_length`.
+    """Distributes records, given by their lengths, over rows of at most `sequence_length` tokens.
 
-    Best fit, in one pass: a record joins the row with the least room that still takes it (of several the one
-    that has waited longest), or opens a new one. Every record is in exactly one row; rows are ordered by
-    their first record. Rows are found by their room, so the time is linear in the number of records.
+    Returns the record numbers of each row, in file order; rows are ordered by their first record. One pass of best fit:
+    a record joins the row with the least room that still takes it (the one that has waited longest, if there are
+    several) or starts a new row. Rows are looked up by their room, so the time is linear in the number of records.
     """
     rows: list[list[int]] = []
-    rooms: list[int] = []  # ascending, those for which `open_rows` has a row
-    open_rows: dict[int, deque[int]] = {}
+    rooms: list[int] = []  # the keys of `open_rows`, ascending
+    open_rows: dict[int, deque[int]] = {}  # by their room, the numbers of the rows that have that much
     for record, length in enumerate(lengths):
         assert 0 < length <= sequence_length, (record, length, sequence_length)
         place = bisect.bisect_left(rooms, length)
@@ -42,7 +42,7 @@ def pack_rows(lengths: Iterable[int], sequence_length: int) -> list[tuple[int, .
 
 
 def empty_batch(rows: int, sequence_length: int, top_k: int, *, has_log_sum_exp: bool, packed: bool) -> Batch:
-    """A batch of padding: every array 0, so that nothing counts and everything is finite."""
+    """Returns a batch of padding: all arrays are 0, so that no position counts and every value is finite."""
     shape = (rows, sequence_length)
     return Batch(
         tokens=np.zeros(shape, np.int32),
@@ -57,9 +57,9 @@ def empty_batch(rows: int, sequence_length: int, top_k: int, *, has_log_sum_exp:
 
 
 def fill_row(batch: Batch, row: int, records: Sequence[Record]) -> None:
-    """Write records one after the other into a row of an empty batch.
+    """Writes records one after another into a row of an empty batch.
 
-    In a packed batch record n gets segment id n + 1 and positions from 0; padding keeps segment id 0.
+    In a packed batch the nth record (from 0) gets segment id n + 1 and positions from 0; padding keeps segment id 0.
     """
     start = 0
     for number, record in enumerate(records):

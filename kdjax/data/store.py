@@ -1,4 +1,4 @@
-"""Records by number: which ones a run uses, each read at its place, checked, and left out if damaged."""
+"""Records by number: selects those that a run uses, and reads, decodes and checks each when it is asked for."""
 
 import dataclasses
 import logging
@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Int
 
 from kdjax.config import DataConfig
-from kdjax.data.checks import Findings, Rules, check
-from kdjax.data.errors import explained
-from kdjax.data.files.decompress import unpack
+from kdjax.data.checks import Findings, Requirements, check
+from kdjax.data.errors import explain_os_errors
+from kdjax.data.files.decompress import decompress
 from kdjax.data.files.index import NO_INDEX, Index, load_or_build
 from kdjax.data.files.paths import Source
-from kdjax.data.files.scratch import alone
+from kdjax.data.files.scratch import exclusive_lock
 from kdjax.data.records import Record, RecordError, decode
 from kdjax.types import UserError
 
@@ -24,108 +24,106 @@ log = logging.getLogger(__name__)
 
 
 class RecordFile:
-    """A file of records, held open, and its index. Safe to read from several threads."""
+    """An open record file and its index. Safe to read from several threads."""
 
     def __init__(self, source: Source, scratch: Path, allow_truncated: bool):
-        with alone(scratch, source.path):
-            plain = unpack(source.path, scratch, allow_truncated)
+        with exclusive_lock(scratch, source.path):
+            plain = decompress(source.path, scratch, allow_truncated)
             self.index: Index = load_or_build(plain, scratch)
         self.source = source
-        self.is_cut = plain.is_cut or self.index.is_cut  # and what there is of it may be used
+        self.is_cut = plain.is_cut or self.index.is_cut  # only with `allow_truncated`
         if self.index.is_cut:
-            said = f"{source.path}: ends mid-record after {len(self.index)} complete records"
+            problem = f"{source.path}: ends in the middle of a record, after {len(self.index)} complete ones"
             if not allow_truncated:
-                raise UserError(f"{said}; remove the cut one, or have it dropped with data.allow_truncated=True")
-            log.warning("%s; the cut one is dropped", said)
-        with explained(plain.path, "read this file of records"):
+                raise UserError(f"{problem}; remove the incomplete line, or drop it with data.allow_truncated=True")
+            log.warning("%s; dropping the incomplete one", problem)
+        with explain_os_errors(plain.path, "read this record file"):
             self._descriptor = os.open(plain.path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, number: int) -> bytes:
-        """The line of record `number` (from 0)."""
+        """Returns the line of record `number` (from 0)."""
         size, offset = int(self.index.sizes[number]), int(self.index.offsets[number])
-        with explained(self.where(number), "read this record"):
+        with explain_os_errors(self.where(number), "read this record"):
             return os.pread(self._descriptor, size, offset)
 
     def where(self, number: int) -> str:
-        """The file and the record, counted from 1, for people."""
+        """Returns the file and the record, counted from 1, for messages."""
         line = int(self.index.lines[number])
         return f"{self.source.path}, record {number + 1}" + ("" if line == number + 1 else f" (line {line})")
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """The records in use, in order, out of all files' (N of them), and what was passed over."""
+class Selection:
+    """The records that are used, in order, out of those in all files (N records), and how many are not."""
 
     files: Int[np.ndarray, "N"]  # position in the list of files
-    numbers: Int[np.ndarray, "N"]  # record within the file, from 0
-    stored_lengths: Int[np.ndarray, "N"]  # tokens on disk; below 1 where the line is no record
+    numbers: Int[np.ndarray, "N"]  # number within the file, from 0
+    stored_lengths: Int[np.ndarray, "N"]  # tokens in the file; below 1 where the line is not a usable record
     lengths: Int[np.ndarray, "N"]  # tokens used, 1 to data.sequence_length
-    dropped: int  # longer than data.sequence_length
-    truncated: int  # cut to data.sequence_length
-    repeated: int  # shared their "index" with a later one of the same data path; left out with data.dedupe
+    dropped: int  # records longer than data.sequence_length
+    truncated: int  # records cut to data.sequence_length
+    superseded: int  # records whose "index" a later record of the same data path has; skipped with data.dedupe
 
 
-def choose(files: list[RecordFile], data: DataConfig) -> Choice:
-    """Apply `data.dedupe` and `data.over_long` to the indices of `files`.
+def select_records(files: list[RecordFile], data: DataConfig) -> Selection:
+    """Applies `data.dedupe` and `data.over_long` to all records of `files`.
 
-    Raises UserError if a chunk does not hold `data.n_examples_per_chunk`, if a record is over-long and
-    that is an error, and if nothing is left.
+    Raises UserError if a file has no records, if a chunk does not have `data.n_examples_per_chunk`, if a record is too
+    long and `data.over_long` is "error", and if no record is left.
     """
     _require_counts(files, data.n_examples_per_chunk)
     file_N = np.repeat(np.arange(len(files)), [len(file.index) for file in files])
     number_N = np.concatenate([np.arange(len(file.index)) for file in files])
     stored_N = np.concatenate([file.index.lengths for file in files])
     kept_N = np.ones(len(file_N), bool)
-    repeated_N = _superseded(files)
+    superseded_N = _superseded(files)
     if data.dedupe:
-        kept_N &= ~repeated_N
+        kept_N &= ~superseded_N
     long_N = kept_N & (stored_N > data.sequence_length)
     if long_N.any() and data.over_long == "error":
         first = int(np.argmax(long_N))
         raise UserError(
             f"{files[file_N[first]].where(number_N[first])}: {stored_N[first]} tokens are more than "
-            f"data.sequence_length = {data.sequence_length} (as in {long_N.sum()} of {len(long_N)} "
-            f"records, the longest has {stored_N.max()}); raise it, or choose data.over_long=drop or "
-            "data.over_long=truncate"
+            f"data.sequence_length = {data.sequence_length} ({long_N.sum()} of {len(long_N)} records are too long, the "
+            f"longest has {stored_N.max()} tokens); raise it, or set data.over_long=drop or data.over_long=truncate"
         )
     if data.over_long == "drop":
         kept_N &= ~long_N
     if not kept_N.any():
         raise UserError(
-            f"{files[0].source.path}: no record is left: of {len(kept_N)} in {len(files)} file(s), "
-            f"{long_N.sum()} are longer than data.sequence_length = {data.sequence_length}; raise it, or "
-            "give other files"
+            f"{files[0].source.path}: no record is left: {long_N.sum()} of {len(kept_N)} in {len(files)} file(s) are "
+            f"longer than data.sequence_length = {data.sequence_length}; raise it, or use other files"
         )
     stored_N = stored_N[kept_N]
-    return Choice(
+    return Selection(
         file_N[kept_N],
         number_N[kept_N],
         stored_N,
         np.clip(stored_N, 1, data.sequence_length),
         dropped=int(long_N.sum()) if data.over_long == "drop" else 0,
         truncated=int(long_N.sum()) if data.over_long == "truncate" else 0,
-        repeated=int(repeated_N.sum()),
+        superseded=int(superseded_N.sum()),
     )
 
 
 def _require_counts(files: list[RecordFile], n_examples_per_chunk: int | None) -> None:
     for file in files:
         if not len(file.index):
-            raise UserError(f"{file.source.path}: holds no record; remove this file or write it again")
+            raise UserError(f"{file.source.path}: holds no record; remove this file or generate it again")
         if file.source.is_chunk and n_examples_per_chunk not in (None, len(file.index)):
             raise UserError(
-                f"{file.source.path}: holds {len(file.index)} records, data.n_examples_per_chunk says "
-                f"{n_examples_per_chunk}; the chunk is incomplete, or leave data.n_examples_per_chunk out "
-                "to take what each chunk holds"
+                f"{file.source.path}: holds {len(file.index)} records, but data.n_examples_per_chunk is "
+                f"{n_examples_per_chunk}; complete the chunk, or leave data.n_examples_per_chunk unset to accept any "
+                "number"
             )
 
 
 def _superseded(files: list[RecordFile]) -> np.ndarray:
-    """Of all records those whose "index" a later record of the same configured path has too."""
+    """Returns which of all records have an "index" that a later record of the same configured path has too."""
     index_N = np.concatenate([file.index.indices for file in files])
     entry_N = np.repeat([file.source.entry for file in files], [len(file.index) for file in files])
-    order_N = np.lexsort((index_N, entry_N))  # stable: of equals the later comes later
+    order_N = np.lexsort((index_N, entry_N))  # stable: equal ones stay in file order
     is_repeated = (np.diff(index_N[order_N]) == 0) & (np.diff(entry_N[order_N]) == 0)
     superseded_N = np.zeros(len(index_N), bool)
     superseded_N[order_N[:-1][is_repeated]] = True
@@ -133,55 +131,55 @@ def _superseded(files: list[RecordFile]) -> np.ndarray:
 
 
 class RecordStore:
-    """The chosen records, checked as they are read. Damaged ones are left out, up to data.max_bad_records."""
+    """The selected records, checked when read. Skips damaged ones, up to data.max_bad_records."""
 
-    def __init__(self, files: list[RecordFile], choice: Choice, rules: Rules):
+    def __init__(self, files: list[RecordFile], selection: Selection, requirements: Requirements):
         self.files = files
-        self.choice = choice
-        self.rules = rules
-        self._damaged: dict[int, str] = {}
+        self.selection = selection
+        self.requirements = requirements
+        self._damaged: set[int] = set()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.choice.files)
+        return len(self.selection.files)
 
     @property
     def bad_records(self) -> int:
-        """Records found damaged so far, and left out."""
+        """Number of records found damaged so far, and skipped."""
         return len(self._damaged)
 
     def where(self, i: int) -> str:
-        """File and record number of record `i`, for people."""
-        return self.files[self.choice.files[i]].where(self.choice.numbers[i])
+        """Returns file and record number of record `i`, for messages."""
+        return self.files[self.selection.files[i]].where(self.selection.numbers[i])
 
-    def checked(self, i: int) -> tuple[Record, Findings] | None:
-        """Record `i` as the loss may use it, or None if it is damaged. One read, safe from several threads.
+    def read(self, i: int) -> tuple[Record, Findings] | None:
+        """Returns record `i` as the loss may use it, or None if it is damaged. Safe to call from several threads.
 
-        Raises UserError when more than data.max_bad_records are.
+        Raises UserError if more than data.max_bad_records records are damaged.
         """
         if i in self._damaged:
             return None
         try:
             return self._read(i)
         except RecordError as error:
-            self._leave_out(i, error)
+            self._skip(i, error)
             return None
 
     def _read(self, i: int) -> tuple[Record, Findings]:
         where = self.where(i)
-        record = decode(self.files[self.choice.files[i]].read(self.choice.numbers[i]), where)
-        if len(record) != self.choice.stored_lengths[i]:
-            raise RecordError(f"{where}: has changed since the file was indexed; start again")
-        return check(record.first(int(self.choice.lengths[i])), self.rules, where)
+        record = decode(self.files[self.selection.files[i]].read(self.selection.numbers[i]), where)
+        if len(record) != self.selection.stored_lengths[i]:
+            raise RecordError(f"{where}: has changed since the file was indexed; start the run again")
+        return check(record.truncated(int(self.selection.lengths[i])), self.requirements, where)
 
-    def _leave_out(self, i: int, error: RecordError) -> None:
-        cap = self.rules.data.max_bad_records
+    def _skip(self, i: int, error: RecordError) -> None:
+        limit = self.requirements.data.max_bad_records
         with self._lock:
             is_new = i not in self._damaged
-            self._damaged[i] = str(error)
+            self._damaged.add(i)
             count = len(self._damaged)
-        if count > cap:
-            said = f" (damaged records so far: {count}, data.max_bad_records = {cap})" if cap else ""
-            raise UserError(f"{error}{said}") from error
+        if count > limit:
+            counts = f" (damaged records so far: {count}, data.max_bad_records = {limit})" if limit else ""
+            raise UserError(f"{error}{counts}") from error
         if is_new:
-            log.warning("record left out (%d of at most %d): %s", count, cap, error)
+            log.warning("record skipped (%d of at most %d): %s", count, limit, error)

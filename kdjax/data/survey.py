@@ -1,4 +1,4 @@
-"""What a sample of a set's records says about the whole: whether labels, mask and teacher fit together."""
+"""Judges a set of records by a sample of them: whether labels, loss mask and teacher fit together."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,24 +9,24 @@ from kdjax.data.checks import Findings
 from kdjax.data.records import Record
 from kdjax.types import UserError
 
-SHIFTS = (0, -1, 1)  # topk_logits[t] held against labels[t + shift]
-ENOUGH_LABELS = 16  # positions below which labels that do not follow the tokens are no proof
-ENOUGH_TO_SHIFT = 100  # positions below which another shift's better agreement is no proof
-ENOUGH_FOR_CHANCE = 500  # positions below which low agreement is no sign
-NEAR_CHANCE = 0.02  # a teacher of any use is right more often
+SHIFTS = (0, -1, 1)  # topk_logits[t] is compared with labels[t + shift]
+ENOUGH_LABELS = 16  # with fewer positions, labels that do not follow the tokens prove nothing
+ENOUGH_TO_SHIFT = 100  # with fewer positions, better agreement at another shift proves nothing
+ENOUGH_FOR_CHANCE = 500  # with fewer positions, low agreement means nothing
+NEAR_CHANCE = 0.02  # any useful teacher agrees with more of the labels
 FOLLOWING = 0.99  # share of labels that should be the next token; chat templates add a few that are not
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """Counts over checked records; surveys add up."""
+    """Counts over checked records. Surveys of several records are added."""
 
     records: int = 0
     tokens: int = 0
     unmasked: int = 0
     followed: int = 0  # unmasked labels that are the next token ...
-    followable: int = 0  # ... of those that have a next token
-    # For each shift: the teacher's first choice is the label; unmasked positions that have such a label.
+    followable: int = 0  # ... out of those that have a next token in the record
+    # For each shift: how often the teacher's most likely token is the label, out of how many unmasked positions.
     agreeing: tuple[int, ...] = (0,) * len(SHIFTS)
     comparable: tuple[int, ...] = (0,) * len(SHIFTS)
     findings: Findings = dataclasses.field(default_factory=Findings)
@@ -36,21 +36,21 @@ class Survey:
 
     @staticmethod
     def of(record: Record, findings: Findings) -> "Survey":
-        """The counts of one checked record."""
-        live_S = record.loss_mask > 0
+        """Returns the survey of one checked record."""
+        unmasked_S = record.loss_mask > 0
         top_1_S = record.topk_token_ids[:, 0] if record.top_k else np.full(len(record), -1)
         agreeing, comparable = [], []
         for shift in SHIFTS:
             teacher, label = _overlap(shift)
-            both = live_S[teacher] & live_S[label]
+            both = unmasked_S[teacher] & unmasked_S[label]
             agreeing.append(int(np.sum(both & (top_1_S[teacher] == record.labels[label]))))
             comparable.append(int(both.sum()))
         return Survey(
             records=1,
             tokens=len(record),
-            unmasked=int(live_S.sum()),
-            followed=int(np.sum(live_S[:-1] & (record.labels[:-1] == record.tokens[1:]))),
-            followable=int(live_S[:-1].sum()),
+            unmasked=int(unmasked_S.sum()),
+            followed=int(np.sum(unmasked_S[:-1] & (record.labels[:-1] == record.tokens[1:]))),
+            followable=int(unmasked_S[:-1].sum()),
             agreeing=tuple(agreeing),
             comparable=tuple(comparable),
             findings=findings,
@@ -77,67 +77,95 @@ class Survey:
 
     @property
     def agreement(self) -> tuple[float, ...]:
-        """For each shift the share of positions where the teacher's first choice is the label."""
+        """For each shift, the share of positions where the teacher's most likely token is the label."""
         return tuple(a / max(1, c) for a, c in zip(self.agreeing, self.comparable, strict=True))
 
 
-def judge(found: Survey, top_k: int | None, compare_ids: bool) -> list[str]:
-    """What is worth a warning. Raises UserError for what makes training pointless.
+def describe(survey: Survey, top_k: int, kind: str, ignore_teacher_ids: bool) -> list[str]:
+    """Returns lines to print about the checked records.
 
-    `top_k` is data.top_k; `compare_ids` says that teacher and student share a vocabulary.
+    `top_k` is the number of entries used at each position, `kind` is data.kind; with `ignore_teacher_ids` the teacher
+    has another vocabulary, so that its tokens are not compared with the labels.
     """
-    if not found.unmasked:
-        raise UserError(
-            f"none of the {found.records} records checked has an unmasked position: every loss_mask is 0 "
-            "and there is nothing to learn; check how the masks were made"
+    fewer = f" (in some records {survey.smallest_top_k})" if survey.smallest_top_k != top_k else ""
+    unmasked = survey.unmasked / survey.tokens
+    lines = [
+        f"the teacher's top {top_k} tokens at each position{fewer}, stored as {kind}",
+        f"{counted(survey.records, 'record')} checked: {unmasked:.1%} of their positions are unmasked (loss_mask > 0)",
+    ]
+    if not ignore_teacher_ids:
+        here, before, after = survey.agreement
+        lines.append(
+            f"the teacher's most likely token is the label at {here:.1%} of positions (alignment check: previous label "
+            f"{before:.1%}, next label {after:.1%})"
         )
-    if top_k is not None and top_k > found.largest_top_k:
-        raise UserError(
-            f"data.top_k = {top_k}, but the records hold {found.largest_top_k} teacher entries at each "
-            f"position; set data.top_k to at most {found.largest_top_k}, or leave it out to use all"
-        )
-    return [*_judge_labels(found), *(_judge_agreement(found) if compare_ids else []), *_judge_findings(found)]
+    if survey.findings.mass_count:
+        mean = survey.findings.mass_sum / survey.findings.mass_count
+        lines.append(f"the top {top_k} tokens hold {mean:.1%} of the teacher's probability on average")
+    return lines
 
 
-def _judge_labels(found: Survey) -> list[str]:
-    rate = found.followed / max(1, found.followable)
-    if found.followable < ENOUGH_LABELS or rate >= FOLLOWING:
+def diagnose(survey: Survey, top_k: int | None, ignore_teacher_ids: bool) -> list[str]:
+    """Returns warnings about what looks wrong. Raises UserError for what would make training pointless.
+
+    `top_k` is data.top_k; with `ignore_teacher_ids` the teacher's tokens are not compared with the labels.
+    """
+    if not survey.unmasked:
+        raise UserError(
+            f"none of the {survey.records} records checked has an unmasked position: every loss_mask is 0, so there is "
+            "nothing to learn; check how the masks were made"
+        )
+    if top_k is not None and top_k > survey.largest_top_k:
+        raise UserError(
+            f"data.top_k = {top_k}, but the records have {survey.largest_top_k} teacher entries at each position; set "
+            f"data.top_k to at most {survey.largest_top_k}, or leave it unset to use all"
+        )
+    return [*_check_labels(survey), *([] if ignore_teacher_ids else _check_alignment(survey)), *_report(survey)]
+
+
+def _check_labels(survey: Survey) -> list[str]:
+    rate = survey.followed / max(1, survey.followable)
+    if survey.followable < ENOUGH_LABELS or rate >= FOLLOWING:
         return []
-    said = f"{rate:.1%} of the unmasked labels are the next token (labels[t] == tokens[t + 1])"
+    observation = f"only {rate:.1%} of the unmasked labels are the next token (labels[t] == tokens[t + 1])"
     if rate < 0.5:
         raise UserError(
-            f"only {said}, in {found.records} records checked; labels must be the tokens shifted by one: "
-            "write the records with labels = ids[1:] and tokens = ids[:-1]"
+            f"{observation}, in {survey.records} records checked; labels must be the tokens shifted by one: write the "
+            "records with labels = ids[1:] and tokens = ids[:-1]"
         )
-    return [f"only {said}; the others should be ends of turns or of documents"]
+    return [f"{observation}; the others should be ends of turns or of documents"]
 
 
-def _judge_agreement(found: Survey) -> list[str]:
-    here, *others = found.agreement
-    for shift, rate, compared in zip(SHIFTS[1:], others, found.comparable[1:], strict=True):
+def _check_alignment(survey: Survey) -> list[str]:
+    here, *others = survey.agreement
+    for shift, rate, compared in zip(SHIFTS[1:], others, survey.comparable[1:], strict=True):
         if compared >= ENOUGH_TO_SHIFT and rate >= max(2 * here, here + 0.1):
             raise UserError(
-                f"the teacher's first choice is the label at {here:.1%} of positions, but at {rate:.1%} "
-                f"when topk_logits[t] is held against labels[t {'+' if shift > 0 else '-'} 1]: the "
-                "teacher is misaligned by one position; write the records so that topk_logits[t] predict "
-                "labels[t]"
+                f"the teacher's most likely token is the label at {here:.1%} of positions, but at {rate:.1%} if "
+                f"topk_logits[t] is compared with labels[t {'+' if shift > 0 else '-'} 1]: the teacher is misaligned "
+                "by one position; write the records so that topk_logits[t] predict labels[t]"
             )
-    if found.comparable[0] >= ENOUGH_FOR_CHANCE and here < NEAR_CHANCE:
+    if survey.comparable[0] >= ENOUGH_FOR_CHANCE and here < NEAR_CHANCE:
         return [
-            f"the teacher's first choice is the label at only {here:.1%} of {found.comparable[0]} "
-            "positions: its logits look misaligned or scrambled between records (NeMo-Aligner's capture "
-            "does so with several data-parallel ranks and microbatches)"
+            f"the teacher's most likely token is the label at only {here:.1%} of {survey.comparable[0]} positions: the "
+            "teacher's logits look misaligned, or assigned to the wrong records (NeMo-Aligner does this when it caches "
+            "logits with several data-parallel ranks and microbatches)"
         ]
     return []
 
 
-def _judge_findings(found: Survey) -> list[str]:
+def _report(survey: Survey) -> list[str]:
     counts = {
-        "were not in descending order and were sorted": found.findings.unsorted,
-        "held an id twice and had it merged": found.findings.repeated,
-        "sum to more than their logsumexp (from rounding, or it is not theirs)": found.findings.over_unity,
+        "were not in descending order and were sorted": survey.findings.unsorted,
+        "had an id more than once, which was merged": survey.findings.duplicates,
+        "sum to more than their logsumexp (rounding, or it belongs to other logits)": survey.findings.over_unity,
     }
-    return [f"{n} of {found.unmasked} unmasked positions checked {what}" for what, n in counts.items() if n]
+    return [f"{n} of {survey.unmasked} unmasked positions checked {what}" for what, n in counts.items() if n]
+
+
+def counted(number: int, noun: str) -> str:
+    """Formats a count with its noun: "1 record", "2,000 records"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _sum(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
@@ -145,5 +173,5 @@ def _sum(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
 
 
 def _overlap(shift: int) -> tuple[slice, slice]:
-    """Slices of teacher and labels such that the teacher at t meets the label at t + shift."""
+    """Returns slices of teacher and labels that pair the teacher at t with the label at t + shift."""
     return slice(max(0, -shift), -shift if shift > 0 else None), slice(max(0, shift), shift if shift < 0 else None)

@@ -1,4 +1,4 @@
-"""Small files of records, right in every way until a test damages one."""
+"""Small record files that are valid in every way until a test damages one."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,15 @@ import numpy as np
 from kdjax.config import DataConfig
 from kdjax.data import Dataset, open_dataset
 
-VOCAB = 97  # prime, so that no padding is by chance right
+VOCAB = 97  # prime, so that no padding comes out right by chance
+OPENING = ("vocab_size", "tokenizer_sha256", "target_logits_scale", "need_log_sum_exp", "ignore_teacher_ids")
 
 
 def make_record(seed: int, length: int = 23, top_k: int = 5, **changes: Any) -> dict[str, Any]:
-    """A record as NeMo-Aligner writes it: a teacher over VOCAB ids whose first choice is often the label."""
+    """A record as NeMo-Aligner writes it: a teacher over VOCAB ids whose most likely token is often the label.
+
+    `changes` replace fields; `...` removes one.
+    """
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, VOCAB, length + 1)
     logits = rng.normal(size=(length, VOCAB))
@@ -37,6 +41,18 @@ def make_records(*lengths: int, **changes: Any) -> list[dict[str, Any]]:
     return [make_record(seed, length, **changes) for seed, length in enumerate(lengths)]
 
 
+def damaged(field: str, *position: int, value: Any) -> dict[str, Any]:
+    """A record with one value replaced: the whole field, or the item at a position."""
+    record = make_record(3)
+    if not position:
+        return record | {field: value}
+    target = record[field]
+    for step in position[:-1]:
+        target = target[step]
+    target[position[-1]] = value
+    return record
+
+
 def line(record: Any) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
@@ -52,10 +68,7 @@ def config(tmp_path: Path, **knobs: Any) -> DataConfig:
 
 
 def open_records(tmp_path: Path, records: list[Any], *, name: str = "a.jsonl", **knobs: Any) -> Dataset:
-    """The records written to a file and opened; keywords of `open_dataset` are told from knobs by name."""
-    opening = {"vocab_size": VOCAB}
-    for keyword in ("vocab_size", "tokenizer_sha256", "target_logits_scale", "need_log_sum_exp", "ignore_teacher_ids"):
-        if keyword in knobs:
-            opening[keyword] = knobs.pop(keyword)
+    """Writes the records to a file and opens it. `knobs` are keywords of `open_dataset` (OPENING) or of DataConfig."""
+    opening = {"vocab_size": VOCAB} | {key: knobs.pop(key) for key in OPENING if key in knobs}
     path = write(tmp_path / name, records)
     return open_dataset((str(path),), config(tmp_path, **knobs), **opening)

@@ -1,1 +1,1 @@
-"""Files of records: paths, decompression, index, scratch directory."""
+"""Record files on disk: finding, decompressing and indexing them, and the scratch directory for the results."""

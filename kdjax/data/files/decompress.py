@@ -1,10 +1,11 @@
-"""Packed files (gzip, zstd) unpacked once, so that any record can be read at its place.
+"""Decompresses gzip and zstd files once, so that any record can be read by seeking to it.
 
-They are told by their first bytes, not by their names, and may have several members one after the other.
+The format is recognised by the first bytes, not by the name. A file may consist of several gzip members or zstd frames.
 """
 
 import dataclasses
 import logging
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,89 +13,89 @@ from typing import IO, Any
 
 import zstandard
 
-from kdjax.data.errors import explained, progress_bar
-from kdjax.data.files.scratch import remove_older, state_key, written_whole
+from kdjax.cli import Progress
+from kdjax.data.errors import explain_os_errors
+from kdjax.data.files.scratch import atomic_write, remove_stale, state_key
 from kdjax.types import UserError
 
 log = logging.getLogger(__name__)
 
-READ_BYTES = 1 << 16  # of a packed file at a time; at gzip's limit of 1032:1 they unpack to 65 MiB
+READ_BYTES = 1 << 16  # compressed bytes per read; at gzip's limit of 1032:1 they expand to 65 MiB
 
-_UNPACKERS: dict[bytes, Callable[[], Any]] = {
-    b"\x1f\x8b": lambda: zlib.decompressobj(wbits=31),  # 31: with gzip's header and checksum
+_DECOMPRESSORS: dict[bytes, Callable[[], Any]] = {  # by the file's first bytes
+    b"\x1f\x8b": lambda: zlib.decompressobj(wbits=31),  # 31: expect gzip's header and checksum
     b"\x28\xb5\x2f\xfd": lambda: zstandard.ZstdDecompressor().decompressobj(),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class PlainFile:
-    """A file of records as plain lines: the source itself if it was not packed, else its copy in scratch."""
+    """An uncompressed record file: the source itself, or its decompressed copy in the scratch directory."""
 
     path: Path
-    key: str  # of the source's present state, in scratch
-    is_cut: bool = False  # the packed file was cut off, and this is what could be read
+    key: str  # the source's `state_key`; with "-cut" appended for a partial copy
+    is_cut: bool = False  # the compressed file was cut off; this holds what could be decompressed
 
 
 class _CutOff(Exception):
-    """The packed data ends before its end mark."""
+    """The compressed data ends before its end mark."""
 
 
-def unpack(source: Path, scratch: Path, allow_truncated: bool) -> PlainFile:
-    """`source` as plain lines, unpacked into `scratch` unless it is plain already or was unpacked before.
+def decompress(source: Path, scratch: Path, allow_truncated: bool) -> PlainFile:
+    """Returns `source` as an uncompressed file; decompresses it into `scratch` unless that has been done before.
 
-    A packed file that was cut off is an error, unless `allow_truncated`: then what can be read is kept, under
-    another name, so that a later strict reading does not take it for the whole.
+    Raises UserError for a compressed file that was cut off, unless `allow_truncated`: then whatever can be decompressed
+    is kept, under another name, so that a later strict read does not mistake it for the whole.
     """
     key = state_key(source)
-    with explained(source, "read this file of records"), source.open("rb") as file:
+    with explain_os_errors(source, "read this record file"), source.open("rb") as file:
         magic = file.read(4)
-    unpacker = next((make for start, make in _UNPACKERS.items() if magic.startswith(start)), None)
-    if unpacker is None:
+    make_stream = next((make for start, make in _DECOMPRESSORS.items() if magic.startswith(start)), None)
+    if make_stream is None:
         return PlainFile(source, key)
-    whole, partial = (
-        PlainFile(scratch / f"{key}.jsonl", key),
-        PlainFile(scratch / f"{key}-cut.jsonl", f"{key}-cut", is_cut=True),
-    )
+    whole = PlainFile(scratch / f"{key}.jsonl", key)
+    partial = PlainFile(scratch / f"{key}-cut.jsonl", f"{key}-cut", is_cut=True)
     if whole.path.exists():
         return whole
     if allow_truncated and partial.path.exists():
         return partial
-    remove_older(scratch, key)
-    log.info("unpacking %s to %s", source, whole.path)
+    remove_stale(scratch, key)
+    log.info("decompressing %s to %s", source, whole.path)
     try:
-        with written_whole(whole.path) as out:
-            _unpack(source, unpacker, out)
+        with atomic_write(whole.path) as out:
+            _decompress(source, make_stream, out)
         return whole
     except _CutOff:
         if not allow_truncated:
             raise UserError(
-                f"{source}: this packed file was cut off, its data ends before its end mark; fetch it "
-                "again, or keep what can be read with data.allow_truncated=True"
+                f"{source}: this compressed file was cut off: its data ends before the end mark; copy or download it "
+                "again, or use the records before the cut with data.allow_truncated=True"
             ) from None
-    with written_whole(partial.path) as out:
+    with atomic_write(partial.path) as out:
         try:
-            _unpack(source, unpacker, out)
+            _decompress(source, make_stream, out)
         except _CutOff:
-            log.warning("%s: this packed file was cut off; kept the records before the cut", source)
+            log.warning("%s: this compressed file was cut off; using the records before the cut", source)
     return partial
 
 
-def _unpack(source: Path, unpacker: Callable[[], Any], out: IO[bytes]) -> None:
-    """Unpack every member of `source` into `out`. _CutOff after the last byte if the last has no end."""
-    stream = unpacker()
-    for chunk, place in _chunks(source):
+def _decompress(source: Path, make_stream: Callable[[], Any], out: IO[bytes]) -> None:
+    """Decompresses every member of `source` into `out`. Raises _CutOff, after writing all, if the last has no end."""
+    stream = make_stream()
+    for chunk, offset in _chunks(source):
         rest = chunk
         while rest:
-            if stream.eof:  # another member follows; zeros are padding
+            if stream.eof:  # another member follows, or padding with zeros
                 rest = rest.lstrip(b"\0")
                 if not rest:
                     break
-                stream = unpacker()
+                stream = make_stream()
             try:
                 plain = stream.decompress(rest)
             except (zlib.error, zstandard.ZstdError) as error:
                 raise UserError(
-                    f"{source}: the packed data is damaged near byte {place}: {error}; fetch this file again"
+                    f"{source}: the compressed data is damaged near byte {offset}: {error}; copy or download this file "
+                    "again"
                 ) from error
             out.write(plain)
             rest = stream.unused_data if stream.eof else b""
@@ -103,16 +104,16 @@ def _unpack(source: Path, unpacker: Callable[[], Any], out: IO[bytes]) -> None:
 
 
 def _chunks(source: Path) -> Iterator[tuple[bytes, int]]:
-    """(bytes, where they start) of `source`, piece by piece."""
-    with explained(source, "read this packed file"):
+    """Yields `source` in pieces of READ_BYTES, each with its offset, and shows the progress."""
+    with explain_os_errors(source, "read this compressed file"):
         file = source.open("rb")
         size = source.stat().st_size
-    with file, progress_bar(f"unpacking {source.name}", size, "B") as bar:
+    with file, Progress(f"decompressing {source.name}", size, "B", delay_s=2.0, lines_to=sys.stdout) as progress:
         while True:
-            place = file.tell()
-            with explained(source, "read this packed file"):
+            offset = file.tell()
+            with explain_os_errors(source, "read this compressed file"):
                 chunk = file.read(READ_BYTES)
             if not chunk:
                 return
-            bar.update(len(chunk))
-            yield chunk, place
+            progress.add(len(chunk))
+            yield chunk, offset

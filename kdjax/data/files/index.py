@@ -1,7 +1,7 @@
-"""The index of a file of records: where each one lies and how long it is, found in one pass and kept.
+"""The index of a record file: where each record starts and how long it is, found in one pass and kept in scratch.
 
-With it any record is one read away, lengths are known without parsing (rows can be packed, over-long records
-counted), and a file that is cut off or is no file of records is refused before a step is taken.
+With the index any record takes one read, lengths are known without parsing (to pack rows and to find over-long
+records), and a file that was cut off or holds no records is refused before the first step.
 """
 
 import array
@@ -10,21 +10,23 @@ import hashlib
 import json
 import logging
 import re
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
-from kdjax.data.errors import explained, progress_bar
+from kdjax.cli import Progress
+from kdjax.data.errors import explain_os_errors
 from kdjax.data.files.decompress import PlainFile
-from kdjax.data.files.scratch import remove_older, written_whole
+from kdjax.data.files.scratch import atomic_write, remove_stale
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the kept file; another number is another name
-UNREADABLE = -1  # tokens of a line that is no record
-NO_INDEX = -1  # index of a record without one
+FORMAT = 1  # version of the stored index, part of its name
+UNREADABLE = -1  # length of a line that is not a record
+NO_INDEX = -1  # "index" of a record without that field
 
 _BOM = b"\xef\xbb\xbf"
 _TOKENS = re.compile(rb'"tokens"\s*:\s*\[([^\[\]]*)\]')
@@ -33,60 +35,59 @@ _INDEX = re.compile(rb'"index"\s*:\s*(\d{1,18})\s*[,}]')
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """One entry a record (N of them), in file order. Blank lines are not records."""
+    """One entry per record (N records), in file order. Blank lines are not records."""
 
     offsets: Int[np.ndarray, "N"]  # bytes from the start of the file
-    sizes: Int[np.ndarray, "N"]  # bytes, without the line's end
-    lengths: Int[np.ndarray, "N"]  # tokens; UNREADABLE where the line is no record
+    sizes: Int[np.ndarray, "N"]  # bytes, without the line ending
+    lengths: Int[np.ndarray, "N"]  # tokens; UNREADABLE where the line is not a record
     indices: Int[np.ndarray, "N"]  # the record's "index" field, or NO_INDEX
     lines: Int[np.ndarray, "N"]  # line number, from 1
     digest: str  # blake2b of the whole file
-    is_cut: bool  # the last line ends inside a record; it has no entry here
+    is_cut: bool  # the file ends in the middle of a record, which has no entry here
 
     def __len__(self) -> int:
         return len(self.offsets)
 
 
 def load_or_build(file: PlainFile, scratch: Path) -> Index:
-    """The index kept in `scratch` for this state of the file, or a new one, then kept."""
-    kept = scratch / f"{file.key}.index{FORMAT}.npz"
-    if kept.exists():
+    """Returns the index stored in `scratch` for this state of the file, or builds and stores it."""
+    stored = scratch / f"{file.key}.index{FORMAT}.npz"
+    if stored.exists():
         try:
-            return _load(kept)
+            return _load(stored)
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-            log.warning("%s: this kept index cannot be read; building it again", kept)
+            log.warning("%s: this stored index cannot be read; building it again", stored)
     index = build(file.path)
-    remove_older(scratch, file.key.removesuffix("-cut"))
-    fields = dataclasses.asdict(index)
-    with written_whole(kept) as out:
-        np.savez(out, **fields)
+    remove_stale(scratch, file.key.removesuffix("-cut"))
+    with atomic_write(stored) as out:
+        np.savez(out, **dataclasses.asdict(index))
     return index
 
 
-def _load(kept: Path) -> Index:
-    with kept.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+def _load(path: Path) -> Index:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in ("offsets", "sizes", "lengths", "indices", "lines")}
         return Index(**arrays, digest=str(stored["digest"]), is_cut=bool(stored["is_cut"]))
 
 
 def build(path: Path) -> Index:
-    """Read `path` once, line by line. LF, CRLF, a byte-order mark and blank lines are all fine."""
-    rows = array.array("q")  # five integers a record
+    """Indexes the file in one pass. Accepts LF and CRLF line endings, a byte-order mark and blank lines."""
+    rows = array.array("q")  # five integers per record: its offset, size, length, "index" and line
     digest = hashlib.blake2b(digest_size=16)
     offset, last = 0, b""
     log.info("indexing %s", path)
     with (
-        explained(path, "read this file of records"),
+        explain_os_errors(path, "read this record file"),
         path.open("rb", buffering=1 << 20) as file,
-        progress_bar(f"indexing {path.name}", path.stat().st_size, "B") as bar,
+        Progress(f"indexing {path.name}", path.stat().st_size, "B", delay_s=2.0, lines_to=sys.stdout) as progress,
     ):
         for number, line in enumerate(file, start=1):
             digest.update(line)
-            bar.update(len(line))
+            progress.add(len(line))
             skipped = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
             if record := line[skipped:].strip():
                 start = offset + line.index(record[:1], skipped)
-                rows.extend((start, len(record), *_outline(record), number))
+                rows.extend((start, len(record), *_scan(record), number))
                 last = record
             offset += len(line)
     is_cut = bool(rows) and not _is_json(last)
@@ -95,12 +96,12 @@ def build(path: Path) -> Index:
     return Index(offsets, sizes, lengths, indices, lines, digest.hexdigest(), is_cut)
 
 
-def _outline(line: bytes) -> tuple[int, int]:
-    """(tokens, index) of a record, by pattern where that is certain, else by parsing the line."""
+def _scan(line: bytes) -> tuple[int, int]:
+    """Returns a record's number of tokens and its "index": by pattern where that is certain, else by parsing."""
     if not (line.startswith(b"{") and line.endswith(b"}")):
         return UNREADABLE, NO_INDEX
     if line.count(b"{") != 1 or line.count(b'"tokens"') != 1 or line.count(b'"index"') > 1:
-        return _outline_by_parsing(line)  # something nested, where these names may mean something else
+        return _parse(line)  # nested objects or strings, which may hold these names too
     tokens, index = _TOKENS.search(line), _INDEX.search(line)
     if tokens is None:
         return UNREADABLE, NO_INDEX
@@ -108,7 +109,7 @@ def _outline(line: bytes) -> tuple[int, int]:
     return length, int(index[1]) if index else NO_INDEX
 
 
-def _outline_by_parsing(line: bytes) -> tuple[int, int]:
+def _parse(line: bytes) -> tuple[int, int]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""The scratch directory: where indices and unpacked copies are kept between runs.
+"""The scratch directory, which keeps indices and decompressed copies of record files between runs.
 
-Every name in it starts with a digest of the source's path, then one of its size and modification time: what
-belongs to an older state of a file is recognised, and removed when the newer one is written.
+Each name in it starts with a digest of the source's path, followed by a digest of the source's size and modification
+time. Entries for an older state of a file can thus be recognised; they are deleted when newer ones are written.
 """
 
 import contextlib
@@ -13,14 +13,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from kdjax.data.errors import explained
+from kdjax.data.errors import explain_os_errors
 from kdjax.types import UserError
 
 
 def open_scratch(configured: str | None) -> Path:
-    """The directory `configured`, or one under the system's; made if need be, tried by writing."""
+    """Returns the scratch directory, created if missing and checked to be writable.
+
+    Without `configured` it is a directory of this user under the system's temporary directory. Raises UserError if
+    the directory cannot be written or if the default one belongs to another user.
+    """
     path = Path(configured).expanduser() if configured else Path(tempfile.gettempdir()) / f"kdjax-{os.getuid()}"
-    with explained(path, "use this scratch directory"):
+    with explain_os_errors(path, "use this scratch directory"):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if configured is None and path.stat().st_uid != os.getuid():
             raise UserError(f"{path}: this scratch directory belongs to another user; set data.scratch_dir")
@@ -30,13 +34,13 @@ def open_scratch(configured: str | None) -> Path:
 
 
 @contextlib.contextmanager
-def alone(scratch: Path, source: Path) -> Iterator[None]:
-    """Whoever else comes here for `source` waits, so that one process unpacks and indexes it and the others find it.
+def exclusive_lock(scratch: Path, source: Path) -> Iterator[None]:
+    """Holds a lock on `source`: one process decompresses and indexes the file, the others wait and reuse the result.
 
-    Where the file system knows no locks every process does so for itself, which `written_whole` makes safe.
+    On a file system without locks every process does the work itself, which `atomic_write` makes safe.
     """
-    lock = scratch / f".{_place(source)}.lock"
-    with explained(lock, "write this file"):
+    lock = scratch / f".{_path_digest(source)}.lock"
+    with explain_os_errors(lock, "write this file"):
         file = lock.open("a")
     with file:
         with contextlib.suppress(OSError):
@@ -45,29 +49,29 @@ def alone(scratch: Path, source: Path) -> Iterator[None]:
 
 
 def state_key(source: Path) -> str:
-    """A name for the present state of a file: "<digest of path>-<digest of size and modification time>"."""
-    with explained(source, "read this file of records"):
+    """Returns a name for the file's present state: "<digest of path>-<digest of size and modification time>"."""
+    with explain_os_errors(source, "read this record file"):
         status = source.stat()
     state = hashlib.blake2b(b"%d %d" % (status.st_size, status.st_mtime_ns), digest_size=8).hexdigest()
-    return f"{_place(source)}-{state}"
+    return f"{_path_digest(source)}-{state}"
 
 
-def _place(source: Path) -> str:
+def _path_digest(source: Path) -> str:
     return hashlib.blake2b(os.fsencode(source.resolve()), digest_size=8).hexdigest()
 
 
-def remove_older(scratch: Path, key: str) -> None:
-    """Delete what was kept for older states of the file of `key`. Readers keep what they have open."""
-    place = key.partition("-")[0]
-    for kept in scratch.glob(f"{place}-*"):
-        if not kept.name.startswith(key):
-            kept.unlink(missing_ok=True)
+def remove_stale(scratch: Path, key: str) -> None:
+    """Deletes what belongs to older states of the file with this `state_key`. Open files stay readable."""
+    path_digest = key.partition("-")[0]
+    for entry in scratch.glob(f"{path_digest}-*"):
+        if not entry.name.startswith(key):
+            entry.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def written_whole(target: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name only when complete, whoever else writes it at the same time."""
-    with explained(target, "write this file"):
+def atomic_write(target: Path) -> Iterator[IO[bytes]]:
+    """Opens a file that gets the name `target` only once it is complete, even if several processes write it."""
+    with explain_os_errors(target, "write this file"):
         descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
         try:
             with os.fdopen(descriptor, "wb") as file:
