@@ -1,12 +1,12 @@
 """NeMo-Aligner's tutorial: a 2B student from a Nemotron-3 8B chat teacher, on OpenAssistant.
 
-Purpose   what NeMo-Aligner's users have run; the same objective, batch and schedule
-Source    NeMo-Aligner docs/user-guide/knowledge-distillation.rst. Student: nvidia/GPT-2B-001, its shape from the
-          model card and the count of 2.25B parameters; a converted checkpoint's own replaces it (model.init_from)
+Purpose   the run that NeMo-Aligner's users know: the same objective, batch size and learning rates
+Source    NeMo-Aligner docs/user-guide/knowledge-distillation.rst. Student: nvidia/GPT-2B-001, its architecture inferred
+          from the model card and the count of 2.25B parameters; that of a converted checkpoint replaces it
 Hardware  8 H100 80 GB in the tutorial
-Time      50 minutes there; not measured here
-Expect    not measured here
-Run       python -m kdjax.train --config configs/gpt2b_nemotron8b.py --config.model.init_from=CONVERTED --workdir RUN
+Time      50 minutes in the tutorial; not measured with kdjax
+Expect    not measured
+Run       kdjax train --config gpt2b_nemotron8b --config.model.init_from=CONVERTED --workdir RUN
 """
 
 from ml_collections import ConfigDict

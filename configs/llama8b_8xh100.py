@@ -1,11 +1,11 @@
-"""Llama 3.1 8B's shape on one host of eight H100s, from a 70B teacher's logits.
+"""Llama 3.1 8B's architecture on one host of eight H100s, from a 70B teacher's logits.
 
-Purpose   the largest student that one host trains with room to spare
+Purpose   the largest student that one host trains with memory to spare
 Source    meta-llama/Llama-3.1-8B's config.json
 Hardware  8 H100 80 GB in one host
-Time      5.9 s a step, by the estimate of kdjax.plan --search, which chose mesh, microbatch and remat; not measured
+Time      5.9 s a step, estimated by kdjax plan --search, which chose mesh, microbatch and remat; not measured
 Expect    not measured
-Run       python -m kdjax.launch -n 8 -- kdjax.train --config configs/llama8b_8xh100.py --workdir RUN
+Run       kdjax launch -n 8 -- kdjax.train --config llama8b_8xh100 --workdir RUN
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     config.model = model = ConfigDict()
-    model.init_from = placeholder(str)  # set it to a converted checkpoint, whose architecture then rules
+    model.init_from = placeholder(str)  # a converted checkpoint; its architecture replaces the one below
     model.layers = 32
     model.d_model = 4096
     model.n_heads = 32
@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
 
     config.loss = loss = ConfigDict()
     loss.kd_loss_weight = 1.0
-    loss.sft_loss_weight = 0.4  # NeMo-Aligner's tutorial
+    loss.sft_loss_weight = 0.4  # as in NeMo-Aligner's tutorial
     loss.tail = "ghost"
 
     config.optim = optim = ConfigDict()

@@ -1,11 +1,12 @@
-"""NeMo-Aligner's objective, order and updates to the last digit: for whoever checks kdjax against a run of theirs.
+"""NeMo-Aligner's objective, order of records and updates, to compare kdjax with a NeMo-Aligner run step by step.
 
-Purpose   reproduce a NeMo-Aligner run step by step; tests hold four such runs of Megatron GPTs
-Source    Megatron-Core GPT (float32, CPU) under NeMo-Aligner's top-k loss and torch AdamW, 16 steps
+Purpose   reproduce a NeMo-Aligner run; the tests reproduce four recorded runs of Megatron GPTs
+Source    Megatron-Core GPT (float32, CPU) trained by NeMo-Aligner's top-k loss and torch AdamW for 16 steps. Its
+          records are in the repository only: with an installed package, set data.train
 Hardware  any
 Time      seconds
 Expect    lr, loss, kd_loss, sft_loss and grad_norm of every step within 5e-5 relative, given the same initial weights
-Run       python -m kdjax.train --config configs/parity_nemo.py --config.model.init_from=CONVERTED --workdir RUN
+Run       kdjax train --config parity_nemo --config.model.init_from=CONVERTED --workdir RUN
 """
 
 from pathlib import Path
@@ -20,14 +21,16 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     config.model = model = ConfigDict()
-    model.init_from = placeholder(str)  # the weights the other run started from; without them only the shapes agree
+    model.init_from = placeholder(
+        str
+    )  # the other run's initial weights, converted; without them only shapes agree
     model.layers = 4
     model.d_model = 64
     model.n_heads = 4
     model.n_groups = 2
     model.d_ff = 160
     model.vocab_size = 500
-    model.padded_vocab_size = 512  # Megatron pads to a multiple of 128 x tensor-parallel size
+    model.padded_vocab_size = 512  # Megatron pads to a multiple of 128 x its tensor-parallel size
     model.tied = False
     model.dtype = "float32"
 
@@ -35,18 +38,18 @@ def get_config() -> ConfigDict:
     data.train = str(RECORDS / "train_with_logits_0.jsonl")
     data.sequence_length = 32  # tokens
     data.top_k = 8
-    data.shuffle = False  # file order, cyclic
+    data.shuffle = False  # the order of the file, again and again
 
     config.batch = batch = ConfigDict()
     batch.global_size = 8  # rows
-    batch.microbatch_size = 2  # matters with reduction = "nemo" only
+    batch.microbatch_size = 2  # changes the result only with reduction = "nemo"
 
     config.loss = loss = ConfigDict()
     loss.kd_loss = "fwd_kl"
     loss.kd_loss_weight = 1.0
     loss.sft_loss_weight = 0.4
-    loss.reduction = "token"  # "nemo": the mean of microbatch means that NeMo-Aligner takes
-    loss.include_vocab_padding = True  # Megatron's softmax runs over the padded rows too
+    loss.reduction = "token"  # "nemo" is NeMo-Aligner's mean of microbatch means
+    loss.include_vocab_padding = True  # Megatron's softmax includes the padded rows
 
     config.optim = optim = ConfigDict()
     optim.lr = 3e-3

@@ -1,11 +1,11 @@
-"""Distil a 7M-parameter student on the bundled records: the two-minute tour.
+"""Distil a 7M-parameter student on the bundled records in two minutes.
 
-Purpose   see the whole path work: real teacher logits in, a learning student out
+Purpose   see the whole path work: from a real teacher's logits to a student that learns
 Source    teacher SmolLM2-135M-Instruct on four Austen novels, validated on a fifth (data/smollm2_topk/README.md)
 Hardware  two CPU cores, 2 GiB
 Time      about two minutes
-Expect    validation sft_loss from 10.8 to about 5.8 nats per token
-Run       python -m kdjax.train --config configs/quickstart.py --workdir runs/quickstart
+Expect    validation sft_loss falls from 10.8 to about 5.8 nats per token
+Run       kdjax train --config quickstart --workdir runs/quickstart
 """
 
 from pathlib import Path
@@ -26,13 +26,13 @@ def get_config() -> ConfigDict:
     model.d_ff = 512
     model.vocab_size = 49152  # SmolLM2's
     model.rope_theta = 1e5  # SmolLM2's
-    model.dtype = "float32"  # CPUs gain nothing from bfloat16
-    model.remat = "layer"  # faster than "none" on a CPU: fewer fresh pages a step
+    model.dtype = "float32"  # bfloat16 is no faster on CPUs
+    model.remat = "layer"  # faster than "none" on a CPU: each step touches fewer new pages of memory
 
     config.data = data = ConfigDict()
     data.train = str(RECORDS / "train_with_logits_0.jsonl.gz")
     data.val = str(RECORDS / "val_with_logits_0.jsonl.gz")
-    data.sequence_length = 128  # tokens, the records' own length
+    data.sequence_length = 128  # tokens, the length of the records
 
     config.batch = batch = ConfigDict()
     batch.global_size = 8  # rows
@@ -40,8 +40,8 @@ def get_config() -> ConfigDict:
 
     config.loss = loss = ConfigDict()
     loss.kd_loss_weight = 1.0
-    loss.sft_loss_weight = 0.4  # NeMo-Aligner's tutorial
-    loss.tail = "ghost"  # the 16 stored logits leave 28% of the teacher's mass out: keep it as one more class
+    loss.sft_loss_weight = 0.4  # as in NeMo-Aligner's tutorial
+    loss.tail = "ghost"  # the 16 stored logits leave out 28% of the teacher's probability: keep it as one more class
 
     config.optim = optim = ConfigDict()
     optim.lr = 3e-3

@@ -10,8 +10,6 @@ from typing import Self, TextIO
 
 from tqdm import tqdm
 
-from kdjax.types import UserError
-
 COMMANDS = {  # name: module with `main(argv)`, and what it does
     "train": ("kdjax.train", "distil a student from cached teacher logits"),
     "plan": ("kdjax.plan.__main__", "memory, communication and step time of a run, before it is queued"),
@@ -34,6 +32,8 @@ def main() -> None:
 
 def run(main: Callable[[], int]) -> None:
     """Exits with main's code; on a UserError prints it without a traceback and exits with 2."""
+    from kdjax.types import UserError  # here, because it imports JAX, which `kdjax --help` does not need
+
     # By force: some libraries set logging up when they are imported, and theirs would stay.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("kdjax").setLevel(logging.INFO)
@@ -49,7 +49,7 @@ def run(main: Callable[[], int]) -> None:
 
 def stay_on_host() -> None:
     """Makes JAX use the CPU and take no accelerator, for commands that compute nothing. Call it before JAX runs."""
-    import jax  # here, so that `kdjax --help` need not wait for it
+    import jax  # here, because `kdjax --help` does not need it
 
     if not jax.config.jax_platforms:  # type: ignore[attr-defined]  # JAX makes its options at run time
         jax.config.update("jax_platforms", "cpu")

@@ -14,10 +14,10 @@ LAYERS = (
     "types",
     "cli",
     "losses",
+    "parallel",
     "config",
     "distributed",
     "data",
-    "parallel",
     "model",
     "training",
     "checkpoint",
@@ -102,9 +102,11 @@ def test_the_config_dict_ends_in_config() -> None:
     assert users == {"kdjax.config.schema"}
 
 
-def test_configs_import_ml_collections_and_the_standard_library_only() -> None:
-    for path in (ROOT / "configs").glob("*.py"):
-        assert {name.split(".")[0] for _, name in imports(path)} <= {"ml_collections", "pathlib"}, path
+def test_recipes_import_ml_collections_pathlib_and_each_other_only() -> None:
+    recipes = sorted((ROOT / "configs").glob("*.py"))
+    allowed = {"ml_collections", "pathlib", *(path.stem for path in recipes)}
+    for path in recipes:
+        assert {name.split(".")[0] for _, name in imports(path)} <= allowed, path
         assert len(path.read_text().splitlines()) < 100, path
 
 

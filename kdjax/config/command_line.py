@@ -1,8 +1,10 @@
 """Reads `--config FILE --config.group.key=value`."""
 
 import argparse
+import contextlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +46,45 @@ def overrides(words: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def recipes() -> dict[str, Path]:
+    """Returns the shipped recipes' files by name. A wheel has them inside the package, a checkout beside it."""
+    package = Path(__file__).resolve().parents[1]
+    inside, beside = package / "configs", package.parent / "configs"
+    directory = inside if inside.is_dir() else beside
+    return {path.stem: path for path in sorted(directory.glob("*.py"))}
+
+
 def load(path: Path) -> Mapping[str, Any]:
-    """What the file's `get_config()` returns."""
-    if not path.is_file():
-        raise UserError(f"--config {path}: there is no such file; the shipped ones are in configs/")
-    spec = importlib.util.spec_from_file_location(f"kdjax_config_{path.stem}", path)
+    """Returns what a recipe's `get_config()` returns; `path` is a Python file or the name of a shipped recipe.
+
+    The recipe may import other recipes by name: those in its own directory, and the shipped ones.
+    """
+    shipped = recipes()
+    file = shipped.get(str(path), path)
+    if not file.is_file():
+        remedy = f"write --config {path.stem}" if path.stem in shipped else f"choose from {', '.join(shipped)}"
+        raise UserError(f"--config {path}: there is no such file; for a shipped recipe {remedy}")
+    spec = importlib.util.spec_from_file_location(f"kdjax_config_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config {path}: not a Python file")
+        raise UserError(f"--config {path}: not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config {path}: it defines no get_config()")
-    return module.get_config()
+    with _importable(file.resolve().parent, *{recipe.parent for recipe in shipped.values()}):
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config {path}: it defines no get_config()")
+        return module.get_config()
+
+
+@contextlib.contextmanager
+def _importable(*directories: Path) -> Iterator[None]:
+    """Makes the modules in these directories importable, then forgets them: names may recur in other directories."""
+    added, before = [str(directory) for directory in directories], set(sys.modules)
+    sys.path[:0] = added
+    try:
+        yield
+    finally:
+        for directory in added:
+            sys.path.remove(directory)
+        for name in sys.modules.keys() - before:
+            if Path(getattr(sys.modules[name], "__file__", None) or "").parent in directories:
+                del sys.modules[name]
