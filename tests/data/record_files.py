@@ -67,8 +67,16 @@ def config(tmp_path: Path, **knobs: Any) -> DataConfig:
     return DataConfig(**({"sequence_length": 31, "scratch_dir": str(tmp_path / "scratch")} | knobs))
 
 
-def open_records(tmp_path: Path, records: list[Any], *, name: str = "a.jsonl", **knobs: Any) -> Dataset:
-    """Writes the records to a file and opens it. `knobs` are keywords of `open_dataset` (OPENING) or of DataConfig."""
+def open_paths(tmp_path: Path, *paths: Path, **knobs: Any) -> Dataset:
+    """Opens the files. `knobs` are keywords of `open_dataset` (those in OPENING) or of DataConfig."""
     opening = {"vocab_size": VOCAB} | {key: knobs.pop(key) for key in OPENING if key in knobs}
-    path = write(tmp_path / name, records)
-    return open_dataset((str(path),), config(tmp_path, **knobs), **opening)
+    return open_dataset(tuple(str(path) for path in paths), config(tmp_path, **knobs), **opening)
+
+
+def open_records(tmp_path: Path, records: list[Any], **knobs: Any) -> Dataset:
+    """Writes the records to a.jsonl and opens it."""
+    return open_paths(tmp_path, write(tmp_path / "a.jsonl", records), **knobs)
+
+
+def token_lists(dataset: Dataset) -> list[list[int]]:
+    return [dataset[i].tokens.tolist() for i in range(len(dataset))]

@@ -1,12 +1,15 @@
 """Which records of a set are used, what each looks like, and damage within and beyond what is allowed."""
 
+import errno
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
-from record_files import VOCAB, config, line, make_record, make_records, open_records, write
+from record_files import VOCAB, config, line, make_record, make_records, open_paths, open_records, write
 
-from kdjax.data import open_dataset, train_batches
+from kdjax.data import train_batches
 from kdjax.data.dataset import FINGERPRINT_KNOBS
 from kdjax.types import UserError
 
@@ -34,7 +37,7 @@ def test_an_error_names_file_record_and_line(tmp_path):
     records[2]["labels"][1] = 999
     (tmp_path / "b.jsonl").write_bytes(b"\n" + b"".join(map(line, records)))
     with pytest.raises(UserError) as caught:
-        open_dataset((str(tmp_path / "b.jsonl"),), config(tmp_path), vocab_size=VOCAB)
+        open_paths(tmp_path, tmp_path / "b.jsonl")
     assert str(caught.value).startswith(f"{tmp_path}/b.jsonl, record 3 (line 4): labels[1] = 999 ")
 
 
@@ -103,10 +106,9 @@ def test_records_with_the_index_of_a_later_one(tmp_path):
     assert lengths(dataset) == [7, 5, 9, 23, 23]
     assert dataset.warnings == ()
     assert dataset.summary()[-1] == "1 record skipped: a later record has the same index"
-    paths = tuple(str(write(tmp_path / f"{n}.jsonl", make_records(7, 12))) for n in "xy")  # each numbered from 0
-    assert len(open_dataset(paths, config(tmp_path, dedupe=True), vocab_size=VOCAB)) == 4
-    dataset = open_dataset((str(tmp_path / "[xy].jsonl"),), config(tmp_path, dedupe=True), vocab_size=VOCAB)
-    assert len(dataset) == 2  # one path, so one set
+    paths = [write(tmp_path / f"{n}.jsonl", make_records(7, 12)) for n in "xy"]  # each numbered from 0
+    assert len(open_paths(tmp_path, *paths, dedupe=True)) == 4
+    assert len(open_paths(tmp_path, tmp_path / "[xy].jsonl", dedupe=True)) == 2  # one path, so one numbering
 
 
 def damaged_set() -> list[dict]:
@@ -161,12 +163,11 @@ def test_damage_that_the_index_shows_is_met_at_the_start(tmp_path):
     path = tmp_path / "a.jsonl"
     good = [line(record) for record in make_records(*[11] * 6)]
     path.write_bytes(b"".join([*good[:3], b'{"tokens": [1, 2\n', b'{"labels": [1]}\n', *good[3:]]))
-    opening = {"vocab_size": VOCAB}
     with pytest.raises(UserError, match="record 4: not valid JSON"):
-        open_dataset((str(path),), config(tmp_path, verify_records=1), **opening)
+        open_paths(tmp_path, path, verify_records=1)
     with pytest.raises(UserError, match="record 5: no field tokens"):
-        open_dataset((str(path),), config(tmp_path, verify_records=1, max_bad_records=1), **opening)
-    dataset = open_dataset((str(path),), config(tmp_path, verify_records=1, max_bad_records=2), **opening)
+        open_paths(tmp_path, path, verify_records=1, max_bad_records=1)
+    dataset = open_paths(tmp_path, path, verify_records=1, max_bad_records=2)
     assert lengths(dataset) == [11, 11, 11, 1, 1, 11, 11, 11]
 
 
@@ -224,3 +225,49 @@ def test_the_fingerprint_covers_what_is_read_and_nothing_else(tmp_path):
     same = {"read_threads": 1, "prefetch": 1, "verify_records": 3, "scratch_dir": str(tmp_path / "other")}
     assert open_records(tmp_path, records, **same).fingerprint == plain
     assert (tmp_path / "other").is_dir()
+
+
+def test_a_record_is_one_read_at_its_place(tmp_path, monkeypatch):
+    records = make_records(23, 7, 11, 5, 13)
+    dataset = open_records(tmp_path, records)
+    reads = []
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: reads.append((size, at)) or real(fd, size, at))
+    assert dataset[3].tokens.tolist() == records[3]["tokens"]
+    assert reads == [(len(line(records[3])) - 1, len(b"".join(map(line, records[:3]))))]
+
+    def fail(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(UserError, match=r"a.jsonl, record 2: cannot read this record: Input/output error; check"):
+        dataset[1]
+
+
+def test_a_file_cut_short_while_it_is_open(tmp_path):
+    dataset = open_records(tmp_path, make_records(5, 7, 9), verify_records=1)
+    os.truncate(tmp_path / "a.jsonl", 300)
+    with pytest.raises(UserError, match=r"a.jsonl, record 3: not valid JSON"):
+        dataset[2]
+
+
+def test_files_are_closed_with_their_dataset(tmp_path):
+    def descriptors() -> list[Path]:
+        links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+        return [link for link in links if link.is_symlink() and os.readlink(link) == str(tmp_path / "a.jsonl")]
+
+    dataset = open_records(tmp_path, make_records(7, 12))
+    assert len(descriptors()) == 1
+    del dataset
+    assert descriptors() == []
+
+
+def test_records_of_a_chunk_are_counted(tmp_path):
+    records = make_records(7, 12, 5)
+    write(tmp_path / "t_0.jsonl", records)
+    second = write(tmp_path / "t_1.jsonl", records[:2])
+    template = tmp_path / "t_CHUNK_ID.jsonl"
+    with pytest.raises(UserError, match=r"t_1.jsonl: holds 2 records, but data.n_examples_per_chunk is 3;"):
+        open_paths(tmp_path, template, n_examples_per_chunk=3)
+    assert len(open_paths(tmp_path, template)) == 5
+    assert len(open_paths(tmp_path, second, n_examples_per_chunk=3)) == 2  # not a chunk
