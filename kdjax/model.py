@@ -319,6 +319,12 @@ def param_shapes(config: ModelConfig) -> Params:
     return nnx.to_pure_dict(_skeleton(config)[1])
 
 
+def named_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns each parameter's shape by its name; those below "layers/" have the axis L."""
+    leaves = jax.tree_util.tree_leaves_with_path(param_shapes(config))
+    return {param_name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
 def init_params(config: ModelConfig, key: jax.Array | int) -> Params:
     """Fresh parameters as a nested dict of arrays, from a key or seed; those below "layers" have a leading axis L."""
     return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key)), nnx.Param))

@@ -18,7 +18,7 @@ from etils import epath
 
 from kdjax.checkpoint.arrays import Index, Leaf, open_leaves
 from kdjax.config import Config, ModelConfig, build, from_json
-from kdjax.model import GPT, Params, bind, param_name, param_shapes
+from kdjax.model import GPT, Params, bind, named_shapes, param_name, param_shapes
 from kdjax.training import metrics
 from kdjax.types import UserError
 
@@ -72,7 +72,7 @@ def load_params(
     """
     source = params_directory(path)
     stored, shapes = open_leaves(source), param_shapes(config)
-    _compare_shapes(source, stored, shapes, config, keep_layers)
+    _compare_shapes(source, stored, config, keep_layers)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.broadcast(default if sharding is None else sharding, shapes)
     whole = shapes if keep_layers is None else {name: leaf for name, leaf in shapes.items() if name != "layers"}
@@ -124,9 +124,9 @@ VOCABULARY_LEAVES = ("embed", "unembed")  # their first axis holds the vocabular
 
 
 def _compare_shapes(
-    source: Path, stored: Mapping[str, Leaf], shapes: Params, config: ModelConfig, keep_layers: Sequence[int] | None
+    source: Path, stored: Mapping[str, Leaf], config: ModelConfig, keep_layers: Sequence[int] | None
 ) -> None:
-    wanted = {param_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    wanted = named_shapes(config)
     lines = []
     for name in sorted(stored.keys() | wanted.keys()):
         found, fits = stored[name].shape if name in stored else None, wanted.get(name)

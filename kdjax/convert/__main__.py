@@ -1,7 +1,7 @@
-"""`python -m kdjax.convert COMMAND ...`: checkpoints in and out. Each command is a module with its own help.
+"""`python -m kdjax.convert COMMAND ...`: converts checkpoints. Each command is a module with its own --help.
 
-A command module has `add_arguments(parser)` and `run(arguments)`, which may return an exit code; its docstring is its
-help.
+A command's module has `add_arguments(parser)` and `run(arguments)`, which may return an exit code. The module's
+docstring is the command's help.
 """
 
 import argparse
@@ -23,10 +23,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; raises UserError for the user's mistakes."""
+    """Runs one command and returns its exit code. Raises UserError for the user's mistakes."""
     parser = argparse.ArgumentParser(
         prog="python -m kdjax.convert",
-        description="Checkpoints in and out of kdjax. Each command has its own --help.",
+        description="Convert checkpoints to and from kdjax, verify and inspect them. Each command has its own --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -1,18 +1,21 @@
-"""A model in another format's names and layouts, read a layer at a time: what the commands that write it share."""
+"""A kdjax model as the tensors of another format, made one layer at a time for the commands that write it."""
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from kdjax.checkpoint.arrays import Leaf
+from kdjax.checkpoint import params_directory
+from kdjax.checkpoint.arrays import Leaf, open_leaves
 from kdjax.checkpoint.model_directory import VOCABULARY_LEAVES
+from kdjax.cli import Progress
 from kdjax.config import ModelConfig
-from kdjax.convert.model_writer import Progress
-from kdjax.convert.rules import Rule, leaf_shapes, names, source_shapes
+from kdjax.convert.rules import Rule
+from kdjax.model import named_shapes
 from kdjax.types import UserError
 
 DTYPES = {
@@ -22,28 +25,33 @@ DTYPES = {
 }
 
 
-def add_export_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    """Adds the arguments of every command that writes `what`."""
+def add_export_arguments(parser: argparse.ArgumentParser, format_name: str) -> None:
+    """Adds the arguments of every command that writes a model in another format."""
     parser.add_argument("model", metavar="IN", type=Path, help="model directory, run directory or step of a run")
-    parser.add_argument("out", metavar="OUT", type=Path, help=f"{what} to be written")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is such a checkpoint")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the tensors written; default: as stored")
+    parser.add_argument("out", metavar="OUT", type=Path, help=f"the {format_name} to write")
+    parser.add_argument("--force", action="store_true", help=f"replace OUT if it is a {format_name}")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of the tensors; default: as stored")
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """The tensors that the rules make of a model's leaves, in the order in which they are to be written.
+    """The tensors that rules make of a model's stored parameters, in the order in which they are written.
 
-    `config.padded_vocab_size` says how many rows of the vocabulary go out: stored ones are left out, or zeros added.
+    `config.padded_vocab_size` vocabulary rows are written: more stored rows are dropped, missing ones are zeros.
     """
 
     config: ModelConfig
     rules: Sequence[Rule]
-    leaves: Mapping[str, Leaf]
+    stored: Mapping[str, Leaf]
     dtype: np.dtype | None  # None: as stored
 
-    def _steps(self) -> list[tuple[Rule, int | None]]:
-        """The embeddings, layer after layer, the last norm and the head."""
+    @classmethod
+    def open(cls, model: Path, config: ModelConfig, rules: Sequence[Rule], dtype: str | None) -> "Export":
+        """Opens a model directory, run directory or step of a run. Reads no array yet."""
+        return cls(config, rules, open_leaves(params_directory(model)), DTYPES.get(dtype or ""))
+
+    def _rules_in_order(self) -> list[tuple[Rule, int | None]]:
+        """Returns rules and layers: the embeddings, layer after layer, the final norm and the unembedding."""
         before = [rule for rule in self.rules if rule.targets[0] in ("embed", "positions")]
         stacked = [rule for rule in self.rules if rule.per_layer]
         after = [rule for rule in self.rules if rule not in before and rule not in stacked]
@@ -53,48 +61,53 @@ class Export:
             *((rule, None) for rule in after),
         ]
 
-    @property
+    @functools.cached_property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Name -> shape and dtype, in the order in which `arrays` gives them. Raises UserError where leaves misfit."""
-        shapes, found = leaf_shapes(self.config), {}
-        for path, shape in shapes.items():
-            stored = self.leaves[path].shape if path in self.leaves else None
+        """Each tensor's shape and dtype, in the order of `arrays`. Raises UserError when a parameter does not fit."""
+        shapes, found = named_shapes(self.config), dict[str, tuple[tuple[int, ...], np.dtype]]()
+        for name, shape in shapes.items():
+            stored = self.stored[name].shape if name in self.stored else None
             fits = stored == shape
-            if stored is not None and path in VOCABULARY_LEAVES:
+            if stored is not None and name in VOCABULARY_LEAVES:
                 fits = stored[0] >= self.config.vocab_size and stored[1:] == shape[1:]
             if not fits:
-                raise UserError(f"{path}: {stored or 'nothing'} stored, {shape} wanted by the architecture beside it")
-        for rule, layer in self._steps():
-            kind = self.dtype or self.leaves[rule.targets[0]].dtype
-            for name, shape in zip(names(rule, layer), source_shapes(rule, self.config, shapes), strict=True):
-                found[name] = (shape, kind)
+                raise UserError(
+                    f"{name}: {stored or 'nothing'} is stored, but the architecture beside it needs {shape}"
+                )
+        for rule, layer in self._rules_in_order():
+            dtype = self.dtype or self.stored[rule.targets[0]].dtype
+            source_shapes = rule.source_shapes(self.config, shapes)
+            found |= {name: (shape, dtype) for name, shape in zip(rule.source_names(layer), source_shapes, strict=True)}
         return found
 
     @property
     def nbytes(self) -> int:
         return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self.tensors.values())
 
-    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors themselves, and how far the writing of them is."""
-        shapes, progress = leaf_shapes(self.config), Progress(self.nbytes)
-        for rule, layer in self._steps():
-            pieces = [self._piece(path, shapes[path], layer) for path in rule.targets]
-            for name, array in zip(names(rule, layer), rule.from_kdjax(self.config, *pieces), strict=True):
-                array = array if self.dtype is None else array.astype(self.dtype, copy=False)
-                yield name, array
-                progress.add(array.nbytes)
-                del array
-            del pieces
-        progress.close()
-
-    def _piece(self, path: str, shape: tuple[int, ...], layer: int | None) -> np.ndarray:
-        if layer is not None:
-            return self.leaves[path].read((slice(layer, layer + 1),))[0]
-        leaf = self.leaves[path]
-        piece = leaf.read((slice(0, min(shape[0], leaf.shape[0])),))
-        return piece if len(piece) == shape[0] else np.pad(piece, [(0, shape[0] - len(piece)), (0, 0)])
-
     @property
     def dtype_name(self) -> str:
-        """Of the embedding, which formats that state one dtype give for all."""
-        return str(self.dtype or self.leaves["embed"].dtype)
+        """The embedding's dtype, for formats that state one dtype for the whole model."""
+        return str(self.dtype or self.stored["embed"].dtype)
+
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields each tensor's name and array, and shows the progress of writing them."""
+        shapes = named_shapes(self.config)
+        with Progress("writing", self.nbytes, "B", delay_s=2.0) as progress:
+            for rule, layer in self._rules_in_order():
+                parameters = [self._read(name, shapes[name], layer) for name in rule.targets]
+                arrays = rule.from_kdjax(self.config, *parameters)
+                del parameters
+                for name, array in zip(rule.source_names(layer), arrays, strict=True):
+                    array = array if self.dtype is None else array.astype(self.dtype, copy=False)
+                    yield name, array
+                    progress.add(array.nbytes)
+                    del array
+                del arrays
+
+    def _read(self, name: str, shape: tuple[int, ...], layer: int | None) -> np.ndarray:
+        """Returns a parameter of this shape, or one layer of it."""
+        stored = self.stored[name]
+        if layer is not None:
+            return stored.read((slice(layer, layer + 1),))[0]
+        rows = stored.read((slice(0, min(shape[0], stored.shape[0])),))
+        return rows if len(rows) == shape[0] else np.pad(rows, [(0, shape[0] - len(rows)), (0, 0)])

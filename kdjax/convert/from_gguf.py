@@ -1,7 +1,7 @@
-"""A GGUF file of llama.cpp's "llama" architecture as a kdjax model directory, dequantised to float32.
+"""Converts a GGUF file of llama.cpp's "llama" architecture to a kdjax model directory, dequantised to float32.
 
-llama.cpp stores the rows of the query and key maps in the order of its own rotary embedding, which turns neighbours
-where Hugging Face and kdjax turn halves; they are put back. Tokenizers are not converted: give `to-hf --tokenizer DIR`.
+llama.cpp's rotary embedding rotates neighbouring rows, where Hugging Face and kdjax rotate the two halves of a head, so
+the rows of query and key projections are reordered. The tokenizer is not converted: use `to-hf --tokenizer DIR`.
 """
 
 import argparse
@@ -13,16 +13,20 @@ from typing import Any
 
 import numpy as np
 
+from kdjax.checkpoint.model_directory import MODEL_CONFIG
 from kdjax.config import ModelConfig
-from kdjax.convert.architecture import Stated, add_arch_argument, settle, table
-from kdjax.convert.huggingface.families import FAMILIES, settings
-from kdjax.convert.huggingface.rules import rules
-from kdjax.convert.model_writer import refuse_existing, write_model
-from kdjax.convert.rules import plan
-from kdjax.convert.tensors import StoredTensor, transformed
+from kdjax.convert.architecture import Stated, add_import_arguments, format_table, resolve
+from kdjax.convert.conversion import match_tensors
+from kdjax.convert.huggingface.config_json import write_architecture
+from kdjax.convert.huggingface.families import FAMILIES
+from kdjax.convert.huggingface.rules import huggingface_rules
+from kdjax.convert.model_writer import write_model
+from kdjax.convert.output_directory import refuse_existing
+from kdjax.convert.tensors import LazyTensor, Tensors, transform
 from kdjax.model import rope_frequencies
 from kdjax.types import UserError
 
+# kdjax key -> GGUF's name, without "llama."
 KEYS = {
     "vocab_size": "vocab_size",
     "layers": "block_count",
@@ -56,38 +60,34 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("checkpoint", metavar="IN", type=Path, help="GGUF file")
-    parser.add_argument("out", metavar="OUT", type=Path, help="model directory to be written")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
-    add_arch_argument(parser)
+    add_import_arguments(parser, "the GGUF file")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Reads, checks, prints the architecture, converts."""
-    path, out = arguments.checkpoint, arguments.out
-    refuse_existing(out, arguments.force)
-    fields, tensors = _read(path)
-    said = _stated(fields, tensors, str(path))
-    config, origins = settle(said, arguments.arch)
-    print(f"{path}: {fields['general.architecture']}\n{table(origins)}")
-    _check_rope_factors(config, tensors, path)
+    """Reads and checks the file, prints its architecture and writes the model directory."""
+    path, out = arguments.source, arguments.out
+    refuse_existing(out, arguments.force, MODEL_CONFIG)
+    fields, stored = _read(path)
+    config, values = resolve(_read_architecture(fields, stored, path), arguments.arch)
+    print(f"{path}: {fields['general.architecture']}\n{format_table(values)}")
+    _check_rope_factors(config, stored, path)
     llama = FAMILIES["llama"]
-    source = {_renamed(name): _unpermuted(name, tensor, config) for name, tensor in tensors.items()}
+    tensors = {_huggingface_name(name): _reorder_rows(name, tensor, config) for name, tensor in stored.items()}
     skip = {"rotary factors": ROPE_FACTORS.replace(".", r"\.")}
-    checked = plan(rules(config, llama), source, config, skip, str(path))
-    beside = settings(config, llama, int(fields.get("llama.context_length", 2048)), "float32")
+    conversion = match_tensors(huggingface_rules(config, llama), tensors, config, skip, str(path))
+    config_json = write_architecture(config, llama, int(fields.get("llama.context_length", 2048)), "float32")
     for token in ("bos", "eos"):
-        beside[f"{token}_token_id"] = fields.get(f"tokenizer.ggml.{token}_token_id")
-    along: dict[str, Path | bytes] = {"huggingface/config.json": json.dumps(beside, indent=2).encode()}
+        config_json[f"{token}_token_id"] = fields.get(f"tokenizer.ggml.{token}_token_id")
+    files: dict[str, Path | bytes] = {"huggingface/config.json": json.dumps(config_json, indent=2).encode()}
     provenance = {"format": "gguf", "source": path.name, "architecture": "llama"}
-    write_model(out, checked, provenance, files=along, force=arguments.force)
-    print(f"{out}: {checked.nbytes / 1e9:.2f} GB of parameters")
+    write_model(out, conversion, provenance, files=files, force=arguments.force)
+    print(f"wrote {out}: {conversion.nbytes / 1e9:.2f} GB of parameters")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """The file's fields and its tensors, unread, as float32."""
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    """Returns the file's scalar fields and its tensors, unread, as float32."""
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("reading GGUF files takes the gguf package: pip install 'kdjax[gguf]'")
+        raise UserError("reading GGUF files requires the gguf package: pip install 'kdjax[gguf]'")
     import gguf
 
     if not path.is_file():
@@ -99,25 +99,25 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     scalars = {name: field for name, field in reader.fields.items() if len(field.data) == 1}
     fields = {name: field.contents() for name, field in scalars.items()}
     if fields.get("general.architecture") != "llama":
-        raise UserError(f"{path}: general.architecture = {fields.get('general.architecture')!r}: kdjax reads llama")
+        raise UserError(
+            f"{path}: general.architecture = {fields.get('general.architecture')!r}: kdjax reads only llama"
+        )
 
-    def stored(tensor: Any) -> StoredTensor:
+    def lazy(tensor: Any) -> LazyTensor:
         shape = tuple(int(size) for size in reversed(tensor.shape))
 
         def rows(start: int, stop: int) -> np.ndarray:
             return gguf.dequantize(tensor.data[start:stop], tensor.tensor_type).astype(np.float32, copy=False)
 
-        return StoredTensor(shape, np.dtype(np.float32), str(path), rows, tensor.name)
+        return LazyTensor(shape, np.dtype(np.float32), str(path), rows, tensor.name)
 
-    return fields, {tensor.name: stored(tensor) for tensor in reader.tensors}
+    return fields, {tensor.name: lazy(tensor) for tensor in reader.tensors}
 
 
-def _stated(fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor], where: str) -> dict[str, Stated]:
-    """What the fields say of the architecture."""
+def _read_architecture(fields: Mapping[str, Any], tensors: Tensors, path: Path) -> dict[str, Stated]:
+    """Returns what the file states of the architecture. Raises UserError for what kdjax's model does not have."""
     if fields.get("llama.expert_count", 0):
-        raise UserError(
-            f"{where}: llama.expert_count = {fields['llama.expert_count']}: kdjax has no mixture of experts"
-        )
+        raise UserError(f"{path}: llama.expert_count = {fields['llama.expert_count']}: kdjax has no mixture of experts")
     constants = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
     found = {key: Stated(value, "llama") for key, value in constants.items()}
     found["tied"] = Stated("output.weight" not in tensors, "output.weight")
@@ -127,19 +127,22 @@ def _stated(fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor], wher
             shortest = float(str(np.float32(value))) if isinstance(value, float) else value  # 1e-5, not 9.99999975e-6
             found[key] = Stated(shortest, f"llama.{name}")
         elif key not in OPTIONAL:
-            raise UserError(f"{where}: no llama.{name}")
+            raise UserError(f"{path}: llama.{name} is missing")
     if "vocab_size" not in found and "token_embd.weight" in tensors:
         found["vocab_size"] = Stated(tensors["token_embd.weight"].shape[0], "token_embd.weight")
     scaling = fields.get("llama.rope.scaling.type", "none")
     if scaling == "linear":
         found["rope_linear_factor"] = Stated(fields["llama.rope.scaling.factor"], "llama.rope.scaling.factor")
     elif scaling != "none":
-        raise UserError(f"{where}: llama.rope.scaling.type = {scaling!r}: kdjax scales linearly and as Llama 3 only")
+        raise UserError(f"{path}: llama.rope.scaling.type = {scaling!r}: kdjax has only linear and Llama 3's scaling")
     return found
 
 
-def _check_rope_factors(config: ModelConfig, tensors: Mapping[str, StoredTensor], path: Path) -> None:
-    """llama.cpp stores what Llama 3's scaling divides each frequency by, not the four numbers it follows from."""
+def _check_rope_factors(config: ModelConfig, tensors: Tensors, path: Path) -> None:
+    """Raises UserError unless the architecture scales rotary frequencies as the file does.
+
+    llama.cpp stores the factors by which Llama 3's scaling divides the frequencies, not the four numbers behind them.
+    """
     if ROPE_FACTORS not in tensors:
         return
     width = 2 * tensors[ROPE_FACTORS].shape[0]
@@ -147,13 +150,13 @@ def _check_rope_factors(config: ModelConfig, tensors: Mapping[str, StoredTensor]
     scaled = np.asarray(plain / rope_frequencies(config, width))
     if not np.allclose(scaled, tensors[ROPE_FACTORS].read(), rtol=1e-3):
         raise UserError(
-            f"{path}: {ROPE_FACTORS} scales the rotary frequencies otherwise than model.rope_llama3 = "
-            f"{config.rope_llama3}; give the model's own numbers, for Llama 3.1 --arch rope_llama3=8,1,4,8192"
+            f"{path}: {ROPE_FACTORS} does not scale the rotary frequencies as model.rope_llama3 = "
+            f"{config.rope_llama3} does; give the model's own numbers, for Llama 3.1 --arch rope_llama3=8,1,4,8192"
         )
 
 
-def _renamed(name: str) -> str:
-    """Hugging Face's name, for which the rules are written; unknown ones stay and are refused by them."""
+def _huggingface_name(name: str) -> str:
+    """Returns Hugging Face's name, which the rules use. Unknown names stay, and no rule uses them."""
     kind, _, rest = name.partition(".")
     layer, _, part = rest.partition(".")
     if kind == "blk" and part in LAYER_NAMES:
@@ -161,13 +164,13 @@ def _renamed(name: str) -> str:
     return MODEL_NAMES.get(name, name)
 
 
-def _unpermuted(name: str, tensor: StoredTensor, config: ModelConfig) -> StoredTensor:
-    """Query and key maps with the rows of a head in Hugging Face's order: first halves, then second halves."""
+def _reorder_rows(name: str, tensor: LazyTensor, config: ModelConfig) -> LazyTensor:
+    """Returns query and key projections with each head's rows in Hugging Face's order: first halves, second halves."""
     if not name.endswith((".attn_q.weight", ".attn_k.weight")):
         return tensor
     half = config.head_width // 2
 
-    def halves(pairs: np.ndarray) -> np.ndarray:
+    def change(pairs: np.ndarray) -> np.ndarray:
         return pairs.reshape(-1, half, 2, pairs.shape[-1]).swapaxes(1, 2).reshape(pairs.shape)
 
-    return transformed(tensor, tensor.shape, halves)
+    return transform(tensor, tensor.shape, change)

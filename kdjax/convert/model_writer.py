@@ -1,181 +1,89 @@
-"""Writing a model directory a layer at a time: `model_config.json`, `params/` (Orbax) and `provenance.json`.
+"""Writes a model directory one layer at a time: `model_config.json`, `params/` (Orbax) and `provenance.json`.
 
-The leaves are zarr arrays in chunks of at most one layer, so that a stacked leaf is written as its layers come and a
-restore reads only the chunks of its shards. Orbax lays out the checkpoint and its tree; the arrays are filled in here.
-Everything goes to a sibling directory that gets OUT's name when it is complete. Nothing in it depends on the clock, so
-two conversions of one input are byte-equal.
+Parameters are zarr arrays whose chunks hold at most one layer, so stacked parameters are written as their layers are
+converted, and a restore reads only the chunks that a device needs. Orbax creates the checkpoint and its tree; the
+arrays are filled in here. Nothing depends on the clock: two conversions of one checkpoint are byte-equal.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
 import math
-import os
-import shutil
-import sys
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-import tqdm
 import zstandard
 
 from kdjax.checkpoint.model_directory import MODEL_CONFIG, write_model_config
-from kdjax.convert.rules import Plan
-from kdjax.types import UserError
+from kdjax.cli import Progress
+from kdjax.convert.conversion import Conversion
+from kdjax.convert.output_directory import output_directory, refuse_existing
+from kdjax.convert.provenance import kdjax_version, write_provenance
 
-log = logging.getLogger("kdjax")
-
-PROVENANCE = "provenance.json"
 CHUNK_BYTES = 32 * 2**20  # of a zarr chunk at most: large enough to stream, small enough for a shard to skip the rest
 
 
 def write_model(
     out: Path | str,
-    plan: Plan,
+    conversion: Conversion,
     provenance: Mapping[str, Any],
     *,
     files: Mapping[str, Path | bytes] | None = None,
     force: bool = False,
-    quiet: bool = False,
 ) -> Path:
-    """Writes what the plan describes as the model directory `out`, complete or not at all.
+    """Writes the model directory `out`, complete or not at all.
 
-    `files`, copied or given as bytes, go along under their names in the mapping, such as "tokenizer/vocab.json".
-    `provenance` goes into provenance.json, beside the version, the vocabulary and a digest of every leaf.
-    Raises UserError when `out` exists (and is no model directory to be replaced by `force`) or the disk is full.
+    Args:
+        provenance: what to say of the source; the version, the vocabulary and each parameter's digest are added.
+        files: further files to write, by path in `out` such as "tokenizer/vocab.json": files to copy, or contents.
+        force: replace `out` if it is a model directory.
+
+    Raises UserError when `out` exists and may not be replaced, or when the disk is full.
     """
     out = Path(out).absolute()
-    refuse_existing(out, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    refuse_full_disk(out, plan.nbytes)
-    with appearing(out, force) as directory, disk_errors(out, plan.nbytes):
-        params = directory / "params"
-        _lay_out(params, plan.shapes)
-        leaves = {
-            path: _Leaf(params / path.replace("/", "."), path.startswith("layers/"), shape, plan.dtypes[path])
-            for path, shape in plan.shapes.items()
-        }
-        progress = Progress(plan.nbytes, quiet)
-        for piece in plan:
-            leaves[piece.path].write(piece.layer, piece.array)
-            progress.add(piece.array.nbytes)
-            del piece  # before the next one is made
-        progress.close()
-        digests = {
-            path: {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "sha256": leaf.digest.hexdigest()}
-            for path, leaf in leaves.items()
-        }
+    refuse_existing(out, force, MODEL_CONFIG)
+    with output_directory(out, conversion.nbytes, force) as directory:
+        digests = _write_params(directory / "params", conversion)
         for name, content in (files or {}).items():
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-        write_model_config(directory, plan.config)
-        told = dict(provenance) | common_provenance(plan) | {"leaves": digests}
-        (directory / PROVENANCE).write_text(json.dumps(told, indent=2) + "\n")
+        write_model_config(directory, conversion.config)
+        added = {
+            "kdjax_version": kdjax_version(),
+            "vocab_size": conversion.config.vocab_size,
+            "padded_vocab_size": conversion.config.padded_vocab_size,
+            "skipped": dict(conversion.skipped),
+            "leaves": digests,
+        }
+        write_provenance(directory, dict(provenance) | added)
     return out
 
 
-def common_provenance(plan: Plan) -> dict[str, Any]:
-    """What every conversion says of itself."""
+def _write_params(params: Path, conversion: Conversion) -> dict[str, dict[str, Any]]:
+    """Writes the parameters. Returns the dtype, shape and sha256 of each."""
+    _create_orbax_checkpoint(params, conversion.shapes)
+    writers = {
+        name: _ArrayWriter(params / name.replace("/", "."), name.startswith("layers/"), shape, conversion.dtypes[name])
+        for name, shape in conversion.shapes.items()
+    }
+    with Progress("writing", conversion.nbytes, "B", delay_s=2.0) as progress:
+        for piece in conversion:
+            writers[piece.parameter].write(piece.layer, piece.array)
+            progress.add(piece.array.nbytes)
+            del piece  # before the next one is made
     return {
-        "kdjax_version": kdjax_version(),
-        "vocab_size": plan.config.vocab_size,
-        "padded_vocab_size": plan.config.padded_vocab_size,
-        "skipped": dict(plan.skipped),
+        name: {"dtype": str(writer.dtype), "shape": list(writer.shape), "sha256": writer.digest.hexdigest()}
+        for name, writer in writers.items()
     }
 
 
-def kdjax_version() -> str:
-    """The installed version."""
-    try:
-        return metadata.version("kdjax")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return "unknown"
-
-
-def refuse_existing(out: Path, force: bool, mark: str = MODEL_CONFIG) -> None:
-    """Raises UserError when `out` may not be written. Commands call it before they read anything.
-
-    `mark` is the file by which a directory that `force` may replace is known.
-    """
-    if not os.path.lexists(out):
-        return
-    if not force:
-        raise UserError(f"{out} exists already; name another directory, or pass --force to replace it")
-    if not (out / mark).is_file():
-        raise UserError(f"--force replaces model directories only, and {out} holds no {mark}; move it away")
-
-
-def refuse_full_disk(out: Path, nbytes: int) -> None:
-    """Raises UserError when what is to be written, uncompressed, does not fit the disk."""
-    free = shutil.disk_usage(out.parent).free
-    if free < nbytes:
-        raise UserError(
-            f"{out.parent} has {free / 1e6:,.1f} MB free and the model may take {nbytes / 1e6:,.1f} MB; "
-            "make room or name a directory on another disk"
-        )
-
-
-@contextlib.contextmanager
-def appearing(out: Path, force: bool) -> Iterator[Path]:
-    """A directory beside `out` that takes its name when the block ends well, and goes when it does not."""
-    prefix = f".{out.name}.incomplete-"
-    for other in out.parent.glob(f"{prefix}*"):
-        log.warning("%s: of a conversion that was killed (delete it) or still runs", other)
-    directory = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-    try:
-        directory.chmod(0o777 & ~_umask())  # mkdtemp's are for the owner only
-        yield directory
-        if force and out.exists():
-            aside = directory.with_name(directory.name + "-replaced")
-            out.rename(aside)
-            try:
-                directory.rename(out)
-            except BaseException:
-                aside.rename(out)
-                raise
-            shutil.rmtree(aside)
-        else:
-            directory.rename(out)
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@contextlib.contextmanager
-def disk_errors(out: Path, nbytes: int) -> Iterator[None]:
-    """Names a full disk; TensorStore reports it as a ValueError or RuntimeError that quotes the system's words."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        words = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
-        code = getattr(error, "errno", None)
-        if code in words or any(text in str(error) for text in words.values()):
-            raise UserError(
-                f"{out.parent} filled up before {out.name} was complete ({error}); nothing was left behind. "
-                f"The model may take {nbytes / 1e6:,.1f} MB: make room or name a directory on another disk"
-            ) from error
-        raise
-
-
-def _lay_out(params: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """An Orbax checkpoint of one-element stand-ins for the leaves: its tree of names does not hold their shapes."""
+def _create_orbax_checkpoint(params: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Creates an Orbax checkpoint with a one-element array for each parameter; its metadata does not hold shapes."""
     tree: dict[str, Any] = {}
     for path in shapes:
         *parents, last = path.split("/")
@@ -185,10 +93,11 @@ def _lay_out(params: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         node[last] = np.zeros(1, np.float32)
     with _without_ocdbt_warning(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
         checkpointer.save(params, ocp.args.PyTreeSave(tree))
-    written = params / "_CHECKPOINT_METADATA"
-    if written.exists():  # its times would make two conversions of one input differ
-        told = json.loads(written.read_text())
-        written.write_text(json.dumps({key: 0 if key.endswith("_nsecs") else value for key, value in told.items()}))
+    metadata = params / "_CHECKPOINT_METADATA"
+    if metadata.exists():  # its timestamps would make two conversions of one checkpoint differ
+        content = json.loads(metadata.read_text())
+        content = {key: 0 if key.endswith("_nsecs") else value for key, value in content.items()}
+        metadata.write_text(json.dumps(content))
     committed = params / "commit_success.txt"
     if committed.exists():  # it names the temporary directory
         committed.write_text("Checkpoint commit was successful\n")
@@ -196,30 +105,30 @@ def _lay_out(params: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 @contextlib.contextmanager
 def _without_ocdbt_warning() -> Iterator[None]:
-    """Orbax warns of every checkpoint that is not OCDBT; this one is not, as OCDBT's file names are random."""
-    told = logging.getLogger("absl")
+    """Silences Orbax's warning that the checkpoint is not OCDBT, which would give files random names."""
+    logger = logging.getLogger("absl")
 
-    def wanted(record: logging.LogRecord) -> bool:
+    def keep(record: logging.LogRecord) -> bool:
         return "OCDBT" not in record.getMessage()
 
-    told.addFilter(wanted)
+    logger.addFilter(keep)
     try:
         yield
     finally:
-        told.removeFilter(wanted)
+        logger.removeFilter(keep)
 
 
-class _Leaf:
-    """A leaf's zarr array, written front to back, and the digest of its bytes.
+class _ArrayWriter:
+    """Writes one parameter's zarr array from front to back and computes the digest of its bytes.
 
-    TensorStore lays it out; the chunks are compressed here, because each of its threads keeps the memory it once used.
+    TensorStore creates the array, but the chunks are compressed here: its threads never release the memory they used.
     """
 
     def __init__(self, directory: Path, stacked: bool, shape: tuple[int, ...], dtype: np.dtype):
         self.shape, self.dtype, self.digest = shape, dtype, hashlib.sha256()
         self._directory, rest = directory, shape[1:] if stacked else shape
         self._rows = min(rest[0], max(1, CHUNK_BYTES // (math.prod(rest[1:]) * dtype.itemsize)))
-        assert directory.is_dir(), f"Orbax laid out {sorted(p.name for p in directory.parent.iterdir())}"
+        assert directory.is_dir(), f"Orbax created {sorted(p.name for p in directory.parent.iterdir())}"
         spec = {
             "driver": "zarr",
             "kvstore": {"driver": "file", "path": str(directory)},
@@ -227,7 +136,7 @@ class _Leaf:
                 "shape": shape,
                 "chunks": [*([1] if stacked else []), self._rows, *rest[1:]],
                 "dtype": ts.dtype(dtype).to_json() if dtype.kind == "V" else dtype.newbyteorder("<").str,
-                "compressor": {"id": "zstd", "level": 1},  # as Orbax has it
+                "compressor": {"id": "zstd", "level": 1},  # Orbax's own
                 "fill_value": None,
                 "order": "C",
             },
@@ -235,41 +144,13 @@ class _Leaf:
         ts.open(spec, create=True, delete_existing=True).result()
 
     def write(self, layer: int | None, array: np.ndarray) -> None:
-        """The next piece: the whole array, or one layer of it."""
+        """Writes the whole array, or its next layer."""
         compressor = zstandard.ZstdCompressor(level=1)
         for number, first in enumerate(range(0, len(array), self._rows)):
             rows = np.ascontiguousarray(array[first : first + self._rows], self.dtype.newbyteorder("<"))
             self.digest.update(rows.reshape(-1).view(np.uint8).data)
-            if len(rows) < self._rows:  # a chunk at the border is stored in full
+            if len(rows) < self._rows:  # zarr stores the last chunk in full
                 rows = np.concatenate([rows, np.zeros((self._rows - len(rows), *rows.shape[1:]), rows.dtype)])
             index = [*([] if layer is None else [layer]), number, *[0] * (array.ndim - 1)]
             chunk = self._directory / ".".join(map(str, index))
             chunk.write_bytes(compressor.compress(rows.reshape(-1).view(np.uint8).data))
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a plain line every few seconds."""
-
-    EVERY_S = 10.0
-
-    def __init__(self, nbytes: int, quiet: bool = False, done: str = "written"):
-        self._quiet, self._nbytes, self._done, self._what = quiet, nbytes, 0, done
-        self._began = self._said = time.monotonic()
-        self._bar = None
-        if not quiet and sys.stderr.isatty():
-            self._bar = tqdm.tqdm(total=nbytes, unit="B", unit_scale=True, dynamic_ncols=True, desc=done)
-
-    def add(self, nbytes: int) -> None:
-        """So many more bytes are done."""
-        self._done += nbytes
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(nbytes)
-        elif not self._quiet and now - self._said > self.EVERY_S:
-            self._said, left = now, (now - self._began) / self._done * (self._nbytes - self._done)
-            told = f"{self._done / 1e9:.2f} of {self._nbytes / 1e9:.2f} GB {self._what}, {left:.0f} s left"
-            print(told, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()

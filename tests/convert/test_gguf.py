@@ -83,13 +83,13 @@ def test_logits_are_transformers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, r"rope_freqs.weight scales the rotary frequencies otherwise than model.rope_llama3 = None; .*8,1,4,8192"),
-        ({"architecture": "gemma"}, r"general.architecture = 'gemma': kdjax reads llama"),
+        ({}, r"rope_freqs.weight does not scale the rotary frequencies as model.rope_llama3 = None does; .*8,1,4,8192"),
+        ({"architecture": "gemma"}, r"general.architecture = 'gemma': kdjax reads only llama"),
         ({"expert_count": 4}, r"llama.expert_count = 4: kdjax has no mixture of experts"),
         ({"rope.scaling.type": "yarn"}, r"rope.scaling.type = 'yarn'"),
-        ({"block_count": None}, r"no llama.block_count"),
+        ({"block_count": None}, r"llama.block_count is missing"),
         ({"drop": "blk.1.attn_k.weight"}, r"layers.1.self_attn.k_proj.weight \(12, 24\): missing"),
-        ({"block_count": 2}, r"model.layers.2.*, stored as blk.2.*: no rule of this architecture takes it"),
+        ({"block_count": 2}, r"model.layers.2.*, stored as blk.2.*: no rule of this architecture uses it"),
     ],
 )
 def test_files_that_do_not_fit(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from kdjax.checkpoint import load_model, read_model_config, save_model
 from kdjax.config import ModelConfig
 from kdjax.convert.__main__ import main
-from kdjax.convert.huggingface.families import choose
+from kdjax.convert.huggingface.config_json import choose_family
 from kdjax.model import init_params
 from kdjax.types import UserError
 
@@ -179,7 +179,7 @@ def put(name: str, array: np.ndarray) -> Callable[[dict[str, np.ndarray]], None]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop("model.norm.weight"), r"model.norm.weight \(24,\): missing; final_norm/scale needs it"),
+        (drop("model.norm.weight"), r"model.norm.weight \(24,\): missing; needed for final_norm/scale"),
         (drop("model.layers.1.mlp.up_proj.weight"), r"layers.1.mlp.up_proj.weight \(37, 24\): missing"),
         (put("model.layers.3.x", np.zeros(3)), r"model.layers.3.x \(3,\) float64 in .*: no rule"),
         (
@@ -215,16 +215,20 @@ def refused(directory: Path, tmp_path: Path, message: str, *words: str) -> None:
         ("llama", {"architectures": ["LlamaForTokenClassification"]}, r"architectures = .*: kdjax converts LlamaFor"),
         ("llama", {"model_type": "mixtral"}, r"model_type = 'mixtral': kdjax converts LlamaForCausalLM \(llama\)"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, r"quantization_config \(gptq\)"),
-        ("llama", {"hidden_act": "gelu"}, r"hidden_act = 'gelu': kdjax's model has 'silu' only"),
-        ("llama", {"attention_bias": True}, r"attention_bias = True, mlp_bias = False: .*biases on all"),
+        ("llama", {"hidden_act": "gelu"}, r"hidden_act = 'gelu': kdjax's model has only 'silu'"),
+        (
+            "llama",
+            {"attention_bias": True},
+            r"attention_bias = True, mlp_bias = False: .*in both attention and MLP",
+        ),
         (
             "llama",
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-            r"rope_type = 'yarn': .*linear and llama3",
+            r"rope_type = 'yarn': .*scalings linear and llama3",
         ),
-        ("llama", {"rope_parameters": {"rope_type": "linear"}}, r"has no factor"),
-        ("llama", {"num_hidden_layers": ...}, r"no num_hidden_layers"),
-        ("llama", {"num_hidden_layers": 2}, r"model.layers.2.*: no rule of this architecture takes it"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, r"factor is missing in the scaling"),
+        ("llama", {"num_hidden_layers": ...}, r"num_hidden_layers is missing"),
+        ("llama", {"num_hidden_layers": 2}, r"model.layers.2.*: no rule of this architecture uses it"),
         ("llama", {"num_key_value_heads": 3}, r"model.n_groups = 3: it must divide"),
         ("qwen3", {"attention_bias": True}, r"attention_bias = True"),
         ("mistral", {"sliding_window": 32}, r"sliding_window = 32: .*--full-attention"),
@@ -286,21 +290,21 @@ def test_files_that_are_damaged_or_not_there(golden: Callable[..., Path], tmp_pa
     refused(directory, tmp_path, r"00001-of-00002.safetensors cannot be read: .*[Nn]o such file")
     shutil.copyfile(directory / "model-00002-of-00002.safetensors", shard)
     refused(
-        directory, tmp_path, r"00001-of-00002.safetensors holds .*, which model.safetensors.index.json puts in model-"
+        directory, tmp_path, r"00001-of-00002.safetensors holds .*, but model.safetensors.index.json says that model-"
     )
     (directory / "model.safetensors.index.json").unlink()
     refused(directory, tmp_path, r"holds neither model.safetensors nor model.safetensors.index.json")
     refused(tmp_path / "absent" / "llama", tmp_path, r"no such directory; download it first")
     (directory / "model.safetensors").write_bytes(whole)
     (directory / "config.json").write_text("{")
-    refused(directory, tmp_path, r"config.json: no JSON")
+    refused(directory, tmp_path, r"config.json is not valid JSON")
 
 
 def test_an_existing_directory_is_kept_without_force(converted: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=r"out exists already; .*--force"):
         main(["to-hf", str(converted("gpt2")), str(tmp_path / "out")])
-    with pytest.raises(UserError, match=r"holds no config.json; move it away"):
+    with pytest.raises(UserError, match=r"directories that hold config.json, and .*out does not; move it away"):
         main(["to-hf", str(converted("gpt2")), str(tmp_path / "out"), "--force"])
     (tmp_path / "out" / "config.json").write_text("{}")
     main(["to-hf", str(converted("gpt2")), str(tmp_path / "out"), "--force"])
@@ -333,12 +337,12 @@ MODEL = ModelConfig(layers=2, d_model=16, n_heads=4, n_groups=2, head_dim=4, d_f
     ids=str,
 )
 def test_the_family_follows_from_the_architecture(changes: dict[str, Any], family: str) -> None:
-    assert choose(dataclasses.replace(MODEL, **changes), None).model_type == family
+    assert choose_family(dataclasses.replace(MODEL, **changes), None).model_type == family
 
 
 def test_the_family_it_came_from_is_preferred() -> None:
-    assert choose(MODEL, "mistral").model_type == "mistral"
-    assert choose(dataclasses.replace(MODEL, qk_norm=True), "mistral").model_type == "qwen3"
+    assert choose_family(MODEL, "mistral").model_type == "mistral"
+    assert choose_family(dataclasses.replace(MODEL, qk_norm=True), "mistral").model_type == "qwen3"
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,14 @@ def verify(model: Path, tmp_path: Path, *words: str, **arrays: np.ndarray) -> in
 def test_verify_agrees_with_transformers(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(model), "--logits", str(GOLDEN / "logits.npz")]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert "same first choice at 100.00% of positions: within 2e-05" in last
+    assert "same top token at 100.00% of positions: within 2e-05" in last
 
 
 def test_verify_says_no_beyond_the_tolerance(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logits = np.array(load_model(model)(TOKENS))
     logits[1, 3] = -logits[1, 3]  # another first choice at one of 14 positions
     assert verify(model, tmp_path, input_ids=TOKENS, logits=logits) == 1
-    assert "same first choice at 92.86% of positions: NOT WITHIN 2e-05" in capsys.readouterr().out
+    assert "same top token at 92.86% of positions: NOT WITHIN 2e-05" in capsys.readouterr().out
     assert verify(model, tmp_path, "--tolerance=100", input_ids=TOKENS, logits=logits) == 0
     assert (
         verify(model, tmp_path, "--tolerance=100", input_ids=TOKENS, logits=np.where(logits > 3, np.nan, logits)) == 1
@@ -67,19 +67,19 @@ def test_verify_takes_padded_columns(tmp_path: Path) -> None:
     assert logits.shape[-1] == 64
     assert verify(tmp_path / "model", tmp_path, input_ids=TOKENS, logits=logits) == 0
     assert verify(tmp_path / "model", tmp_path, input_ids=TOKENS, logits=logits[..., :61]) == 0
-    with pytest.raises(UserError, match=r"logits \(2, 7, 60\); they must be .* V being 61 or 64"):
+    with pytest.raises(UserError, match=r"logits \(2, 7, 60\); they must be .* V = 61 or 64"):
         verify(tmp_path / "model", tmp_path, input_ids=TOKENS, logits=logits[..., :60])
 
 
 def test_files_that_verify_cannot_use(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"file.npz holds logits; it must hold input_ids and logits"):
         verify(model, tmp_path, logits=TOKENS)
-    with pytest.raises(UserError, match=r"positions \(2, 6\); they must be as input_ids, \(2, 7\)"):
+    with pytest.raises(UserError, match=r"positions \(2, 6\) must have input_ids' shape, \(2, 7\)"):
         verify(model, tmp_path, input_ids=TOKENS, logits=np.zeros((2, 7, 101)), positions=TOKENS[:, 1:])
     (tmp_path / "text.npz").write_text("no")
-    with pytest.raises(UserError, match=r"text.npz: not an .npz file"):
+    with pytest.raises(UserError, match=r"text.npz cannot be read as an .npz file"):
         main(["verify", str(model), "--logits", str(tmp_path / "text.npz")])
-    with pytest.raises(UserError, match=r"absent.npz: not an .npz file"):
+    with pytest.raises(UserError, match=r"absent.npz cannot be read as an .npz file"):
         main(["verify", str(model), "--logits", str(tmp_path / "absent.npz")])
 
 
@@ -95,7 +95,7 @@ def test_inspect_prints_the_tree_and_checks_the_digests(model: Path, capsys: pyt
         "qkv_bias             True",
     ):
         assert words in out
-    assert out.count("digest right") == 15
+    assert out.count("digest correct") == 15
     assert main(["inspect", str(model), "--no-digests"]) == 0
     assert "digest" not in capsys.readouterr().out
 
@@ -105,7 +105,7 @@ def test_inspect_finds_a_changed_and_a_damaged_array(model: Path, capsys: pytest
     other = (model / "params" / "layers.mlp.up.kernel" / "2.0.0").read_bytes()
     chunk.write_bytes(other)
     assert main(["inspect", str(model)]) == 1
-    assert "not as provenance.json says: layers/mlp/up/kernel; convert again" in capsys.readouterr().out
+    assert "differs from provenance.json: layers/mlp/up/kernel; convert the model again" in capsys.readouterr().out
     chunk.write_bytes(other[:50])
     assert main(["inspect", str(model)]) == 1
     assert "layers/mlp/up/kernel cannot be read" in capsys.readouterr().out

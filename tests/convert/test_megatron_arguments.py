@@ -7,8 +7,8 @@ import megatron_goldens as megatron
 import pytest
 
 from kdjax.config import ModelConfig
-from kdjax.convert.architecture import Stated, settle, table
-from kdjax.convert.megatron.from_args import from_args, from_nemo, from_provider
+from kdjax.convert.architecture import Stated, format_table, resolve
+from kdjax.convert.megatron.args_reader import from_args, from_nemo, from_provider
 from kdjax.types import UserError
 
 NEMO = {
@@ -36,7 +36,7 @@ def args(variant: str = "gpt2ish", **changes: Any) -> dict[str, Any]:
 
 
 def model(stated: dict[str, Stated]) -> ModelConfig:
-    return settle(stated, [])[0]
+    return resolve(stated, [])[0]
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def test_gemma_scales_its_embeddings_in_code(target: str) -> None:
 def test_learned_positions_need_their_number() -> None:
     stated = {key: found for key, found in from_args(args(), "somewhere").items() if key != "max_positions"}
     with pytest.raises(UserError, match=r"model.max_positions = None: learned positions need their number.*--arch"):
-        settle(stated, [])
-    assert settle(stated, ["max_positions=31"])[0].max_positions == 31
+        resolve(stated, [])
+    assert resolve(stated, ["max_positions=31"])[0].max_positions == 31
 
 
 @pytest.mark.parametrize(
@@ -172,18 +172,18 @@ def test_learned_positions_need_their_number() -> None:
         ("dtype=float32", r"--arch dtype=float32: there is no such key"),
         ("layers=four", r"model.layers = 'four' is a str; it must be int"),
         ("activation=relu", r"model.activation = 'relu': choose one of swiglu, gelu"),
-        ("n_groups=3", r"must divide model.n_heads = 4; the nearest that does is 2"),
+        ("n_groups=3", r"model.n_groups = 3: it must divide model.n_heads = 4; .*--arch KEY=VALUE"),
         ("vocab_size=600", r"padded_vocab_size = 512: it must be at least model.vocab_size = 600"),
     ],
 )
 def test_words_of_the_command_line(word: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        settle(from_args(args(), "somewhere"), [word])
+        resolve(from_args(args(), "somewhere"), [word])
 
 
 def test_the_table_says_where_each_value_came_from() -> None:
-    _, origins = settle(from_args(args(), "somewhere"), ["norm_eps=1e-6"])
-    lines = [line.split(maxsplit=2) for line in table(origins).splitlines()]
+    _, origins = resolve(from_args(args(), "somewhere"), ["norm_eps=1e-6"])
+    lines = [line.split(maxsplit=2) for line in format_table(origins).splitlines()]
     assert ["layers", "4", "args: num_layers 4"] in lines
     assert ["n_groups", "4", "args: group_query_attention False"] in lines
     assert ["norm_eps", "1e-06", "--arch norm_eps=1e-6"] in lines

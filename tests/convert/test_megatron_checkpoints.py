@@ -2,10 +2,12 @@
 
 import dataclasses
 import filecmp
+import itertools
 import json
 import os
 import re
 import shutil
+import types
 from pathlib import Path
 
 import jax
@@ -18,13 +20,13 @@ import pytest
 import torch_writer as writer
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from kdjax import cli
 from kdjax.checkpoint import load_model, load_params, read_model_config
 from kdjax.config import ModelConfig
-from kdjax.convert import model_writer
 from kdjax.convert.from_megatron import convert
-from kdjax.convert.megatron.names import canonical
-from kdjax.convert.megatron.rules import rules
-from kdjax.convert.rules import Rule, names
+from kdjax.convert.megatron.parameter_names import canonical_name
+from kdjax.convert.megatron.rules import megatron_rules
+from kdjax.convert.rules import Rule
 from kdjax.model import Params, bind
 from kdjax.types import UserError
 
@@ -93,8 +95,8 @@ def test_gradients(variant: str) -> None:
 
     value, grads = jax.jit(jax.value_and_grad(loss))(load_params(out, config))
     np.testing.assert_allclose(value, golden["loss"], rtol=1e-6)
-    theirs = {canonical(name): array for name, array in megatron.golden(variant, "golden_tp1pp1.grads").items()}
-    ours = megatron_arrays(rules(config), config, grads)
+    theirs = {canonical_name(name): array for name, array in megatron.golden(variant, "golden_tp1pp1.grads").items()}
+    ours = megatron_arrays(megatron_rules(config), config, grads)
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():
         error = np.linalg.norm(ours[name] - array) / np.linalg.norm(array)
@@ -108,9 +110,9 @@ def megatron_arrays(table: list[Rule], config: ModelConfig, params: Params) -> d
     }
     arrays_by_name: dict[str, np.ndarray] = {}
     for rule in table:
-        for layer in range(config.layers) if rule.per_layer else [None]:
+        for layer in rule.layers(config):
             arrays = [leaves[path] if layer is None else leaves[path][layer] for path in rule.targets]
-            arrays_by_name |= zip(names(rule, layer), rule.from_kdjax(config, *arrays), strict=True)
+            arrays_by_name |= zip(rule.source_names(layer), rule.from_kdjax(config, *arrays), strict=True)
     return arrays_by_name
 
 
@@ -209,10 +211,11 @@ def test_a_tied_copy_that_differs(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """In plain lines, where standard error is no terminal."""
-    monkeypatch.setattr(model_writer.Progress, "EVERY_S", 0.0)
+def test_progress_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In plain lines when standard error is not a terminal, up to the model's size."""
+    clock = itertools.count(0, 11)  # seconds, so that a line is due each time
+    monkeypatch.setattr(cli, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     convert(megatron.unpacked("llamaish") / "torch_tp1pp1", tmp_path / "out")
     lines = capsys.readouterr().err.splitlines()
-    assert lines
-    assert all(re.fullmatch(r"0\.00 of 0\.00 GB written, \d+ s left", line) for line in lines)
+    assert re.fullmatch(r"writing \d+k/953kB", lines[0])
+    assert lines[-1] == "writing 953k/953kB  0 s left"

@@ -17,7 +17,7 @@ import yaml
 
 from kdjax.checkpoint import load_params, read_model_config
 from kdjax.convert.from_megatron import convert
-from kdjax.convert.megatron import layout
+from kdjax.convert.megatron.checkpoint import open_checkpoint
 from kdjax.types import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -25,8 +25,8 @@ Arrays = dict[str, np.ndarray]
 
 def fixture(variant: str) -> tuple[Arrays, dict[str, Any]]:
     """A variant's arrays under canonical names, and its args."""
-    checkpoint = layout.find(megatron.unpacked(variant) / "torch_dist_tp1pp1")
-    tensors = checkpoint.read(megatron.architecture(variant))
+    checkpoint = open_checkpoint(megatron.unpacked(variant) / "torch_dist_tp1pp1")
+    tensors = checkpoint.read_tensors(megatron.architecture(variant))
     args = json.loads((megatron.unpacked(variant) / "config.json").read_text())
     return {name: tensor.read() for name, tensor in tensors.items() if tensor.nbytes}, args
 
@@ -161,7 +161,7 @@ def test_two_layers_norms_stacked_and_an_optimizer_beside_them(tmp_path: Path, c
     writer.save_distributed(tmp_path / "source", stacked, {"args": writer.namespace(**args)})
     convert(tmp_path / "source", tmp_path / "out")
     assert_same_leaves(tmp_path / "out", "llamaish")
-    assert "left out: 2 x optimizer state" in capsys.readouterr().out
+    assert "skipped: 2 x optimizer state" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["skipped"] == {"optimizer state": 2}
 
 

@@ -21,7 +21,7 @@ from kdjax.checkpoint import load_model
 from kdjax.convert import model_writer
 from kdjax.convert.__main__ import main
 from kdjax.convert.from_megatron import convert
-from kdjax.convert.tensors import in_file
+from kdjax.convert.tensors import tensor_in_file
 from kdjax.types import UserError
 
 
@@ -54,7 +54,7 @@ def rewritten(source: Path, change: Callable[[dict[str, np.ndarray]], None]) -> 
 def test_a_missing_key(source: Path, out: Path) -> None:
     name = "decoder.layers.2.mlp.linear_fc2.weight"
     with pytest.raises(
-        UserError, match=rf"{source} does not fit .*(\n.*)*{name} \(64, 160\): missing; layers/mlp/down"
+        UserError, match=rf"{source} does not fit .*(\n.*)*{name} \(64, 160\): missing; needed for layers/mlp/down"
     ):
         convert(rewritten(source, lambda arrays: arrays.pop(name)), out)
 
@@ -74,7 +74,7 @@ def test_a_wrong_shape(source: Path, out: Path) -> None:
 
 def test_a_wrong_dtype(source: Path, out: Path) -> None:
     name = "decoder.final_layernorm.weight"
-    with pytest.raises(UserError, match=rf"{name} \(64,\) int32 in .*: its dtype is none of float32, bfloat16"):
+    with pytest.raises(UserError, match=rf"{name} \(64,\) int32 in .*: its dtype must be one of float32, bfloat16"):
         convert(rewritten(source, lambda arrays: arrays.update({name: np.zeros(64, np.int32)})), out)
 
 
@@ -91,7 +91,7 @@ def test_a_truncated_shard(source: Path, out: Path) -> None:
     shard = source / "iter_0000100" / "__2_1.distcp"
     os.truncate(shard, shard.stat().st_size - 700)
     with pytest.raises(
-        UserError, match=r"__2_1.distcp has \d+ bytes and should hold an entry up to byte \d+: .*cut off"
+        UserError, match=r"__2_1.distcp has \d+ bytes and should hold an entry of \d+ bytes at byte \d+: .*truncated"
     ):
         convert(source, out)
 
@@ -110,7 +110,7 @@ def test_a_truncated_metadata(source: Path, out: Path) -> None:
 
 def test_metadata_of_something_else(source: Path, out: Path) -> None:
     (source / "iter_0000100" / ".metadata").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(UserError, match=r"\.metadata: it does not describe tensors \(AttributeError"):
+    with pytest.raises(UserError, match=r"\.metadata does not describe tensors \(AttributeError"):
         convert(source, out)
 
 
@@ -118,12 +118,12 @@ def test_a_truncated_rank_file_and_nemo_file(tmp_path: Path, out: Path) -> None:
     shutil.copytree(megatron.unpacked("llamaish") / "torch_tp2pp1_bf16", tmp_path / "ranks")
     file = tmp_path / "ranks" / "iter_0000100" / "mp_rank_01" / "model_optim_rng.pt"
     os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"mp_rank_01/model_optim_rng.pt is no complete torch.save file"):
+    with pytest.raises(UserError, match=r"mp_rank_01/model_optim_rng.pt is not a complete torch.save file"):
         convert(tmp_path / "ranks", out)
     shutil.copy(megatron.unpacked("llamaish") / "legacy_tp1_swiglu.nemo", tmp_path / "cut.nemo")
     os.truncate(tmp_path / "cut.nemo", 300000)
     with pytest.raises(
-        UserError, match=r"cut.nemo ends in the middle of ./model_weights.ckpt|cut.nemo: not an uncompr"
+        UserError, match=r"cut.nemo ends in the middle of ./model_weights.ckpt|cut.nemo is not an uncompr"
     ):
         convert(tmp_path / "cut.nemo", out)
 
@@ -131,7 +131,7 @@ def test_a_truncated_rank_file_and_nemo_file(tmp_path: Path, out: Path) -> None:
 def test_a_missing_rank(tmp_path: Path, out: Path) -> None:
     shutil.copytree(megatron.unpacked("llamaish") / "torch_tp2pp2", tmp_path / "ranks")
     shutil.rmtree(tmp_path / "ranks" / "iter_0000100" / "mp_rank_01_000")
-    with pytest.raises(UserError, match=r"the file of tensor rank 1 of pipeline stage 0 is missing"):
+    with pytest.raises(UserError, match=r"the file of tensor rank 1 of pipeline rank 0 is missing"):
         convert(tmp_path / "ranks", out)
     shutil.rmtree(tmp_path / "ranks" / "iter_0000100" / "mp_rank_01_001")
     with pytest.raises(UserError, match=r"args.tensor_model_parallel_size is 2, but there are files of 1 such ranks"):
@@ -143,7 +143,7 @@ def test_ranks_of_experts(tmp_path: Path, out: Path) -> None:
     for rank in sorted((tmp_path / "ranks" / "iter_0000100").iterdir()):
         rank.rename(rank.with_name(f"{rank.name}_003"))
     with pytest.raises(
-        UserError, match=r"mp_rank_00_000_003/model_optim_rng.pt: of an expert-parallel rank; .*mixtures"
+        UserError, match=r"mp_rank_00_000_003/model_optim_rng.pt: belongs to an expert-parallel rank; .*mixture"
     ):
         convert(tmp_path / "ranks", out)
 
@@ -167,7 +167,7 @@ def test_a_pickle_that_asks_for_os_system(file: str, source: Path, out: Path, tm
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", pickle.dumps(evil, protocol=2))
-    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: its pickle asks for (posix|nt).system"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: its pickle uses (posix|nt).system"):
         convert(source, out)
     assert not (tmp_path / "was_run").exists()
 
@@ -175,7 +175,7 @@ def test_a_pickle_that_asks_for_os_system(file: str, source: Path, out: Path, tm
 def test_a_disk_without_room(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(out.parent)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"out has 0.0 MB free and the model may take 1.0 MB; make room"):
+    with pytest.raises(UserError, match=r"out has 0.0 MB free and the model may need 1.0 MB; free some"):
         convert(source, out)
 
 
@@ -208,13 +208,13 @@ def test_a_conversion_that_is_interrupted(source: Path, out: Path, monkeypatch: 
 
 def test_a_file_that_shrinks_while_it_is_converted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read that fails in the middle, such as of a network disk: nothing looks complete."""
-    lay_out = model_writer._lay_out
+    lay_out = model_writer._create_orbax_checkpoint
 
     def shrink(*arguments: Any) -> None:
         lay_out(*arguments)
         os.truncate(source / "iter_0000100" / "__3_0.distcp", 5000)
 
-    monkeypatch.setattr(model_writer, "_lay_out", shrink)
+    monkeypatch.setattr(model_writer, "_create_orbax_checkpoint", shrink)
     with pytest.raises(UserError, match=r"__3_0.distcp"):
         convert(source, out)
 
@@ -233,7 +233,7 @@ def test_an_existing_out(source: Path, tmp_path: Path) -> None:
     assert json.loads((out / "provenance.json").read_text())["vocab_size"] == 500
     assert load_model(out)(np.zeros((1, 2), np.int32)).shape == (1, 2, 500)
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match=r"--force replaces model directories only, and .*mine holds no model_config"):
+    with pytest.raises(UserError, match=r"only directories that hold model_config.json, and .*mine does not"):
         convert(source, tmp_path / "mine", force=True)
     assert sorted(os.listdir(tmp_path)) == ["in", "mine", "model"]
 
@@ -245,7 +245,10 @@ def test_an_existing_out(source: Path, tmp_path: Path) -> None:
             lambda source: (source / "latest_checkpointed_iteration.txt").write_text("7"),
             r"points to iter_0000007, which",
         ),
-        (lambda source: (source / "latest_checkpointed_iteration.txt").write_text("x"), r"says 'x'; it must hold an"),
+        (
+            lambda source: (source / "latest_checkpointed_iteration.txt").write_text("x"),
+            r"holds 'x'; it must hold the",
+        ),
         (
             lambda source: (
                 (source / "latest_checkpointed_iteration.txt").unlink(),
@@ -256,7 +259,7 @@ def test_an_existing_out(source: Path, tmp_path: Path) -> None:
         ),
         (lambda source: shutil.rmtree(source), r"there is no such file or directory"),
         (lambda source: (shutil.rmtree(source), source.mkdir()), r"no Megatron checkpoint was found in it; looked for"),
-        (lambda source: (shutil.rmtree(source), source.write_bytes(b"\x1f\x8b" * 99)), r"not an uncompressed tar"),
+        (lambda source: (shutil.rmtree(source), source.write_bytes(b"\x1f\x8b" * 99)), r"is not an uncompressed tar"),
         (
             lambda source: (source / "iter_0000100" / "metadata.json").write_text('{"sharded_backend": "zarr"}'),
             r"metadata.json: the tensors are stored as 'zarr'; only 'torch_dist' can be read",
@@ -273,7 +276,7 @@ def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["from-megatron", str(source), str(tmp_path / "out"), "--arch", "vocab_size=499"]) == 0
     told = capsys.readouterr().out
     assert re.search(r"vocab_size +499 +--arch vocab_size=499", told)
-    assert "left out: 16 x Transformer Engine's _extra_state\nleft out: 4 x random number" in told
+    assert "skipped: 16 x Transformer Engine's _extra_state\nskipped: 4 x random number" in told
     with pytest.raises(SystemExit) as ended:
         cli.run(lambda: main(["from-megatron", str(source), str(tmp_path / "out")]))
     assert ended.value.code != 0
@@ -291,7 +294,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_tensor_is_read_from_where_it_lies(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(bytes(range(64)))
-    tensor = in_file(tmp_path / "a.bin", 8, (2, 3), np.dtype(np.uint8), name="some.weight")
+    tensor = tensor_in_file(tmp_path / "a.bin", 8, (2, 3), np.dtype(np.uint8), name="some.weight")
     np.testing.assert_array_equal(tensor.read(), [[8, 9, 10], [11, 12, 13]])
     assert tensor.name == "some.weight"
 
@@ -300,5 +303,5 @@ def test_what_a_killed_conversion_left(source: Path, tmp_path: Path, caplog: pyt
     """It is told and not touched, and looks like nothing that could be loaded."""
     (tmp_path / ".model.incomplete-1234").mkdir()
     convert(source, tmp_path / "model")
-    assert ".model.incomplete-1234: of a conversion that was killed" in caplog.text
+    assert ".model.incomplete-1234 is left from a conversion that was killed" in caplog.text
     assert (tmp_path / ".model.incomplete-1234").exists()

@@ -63,13 +63,13 @@ def test_peak_memory(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     largest = 2 * V * D
     assert L * layer > 6 * (2 * layer + largest)  # or the bound below would say little
     peaks = []
-    lay_out = model_writer._lay_out
+    create = model_writer._create_orbax_checkpoint
 
     def then_watch(*arguments: Any) -> None:  # what Orbax's machinery takes does not grow with the model
-        lay_out(*arguments)
+        create(*arguments)
         tracemalloc.start()
 
-    monkeypatch.setattr(model_writer, "_lay_out", then_watch)
+    monkeypatch.setattr(model_writer, "_create_orbax_checkpoint", then_watch)
     try:
         convert(tmp_path / "in", tmp_path / "out")
         peaks.append(tracemalloc.get_traced_memory()[1])

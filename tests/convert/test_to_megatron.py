@@ -24,11 +24,12 @@ from kdjax import config as configs
 from kdjax.checkpoint import load_params, read_model_config, save_model
 from kdjax.config import ModelConfig
 from kdjax.convert.__main__ import main
-from kdjax.convert.files import below, files_of
-from kdjax.convert.megatron import from_args, layout
-from kdjax.convert.megatron.to_args import to_args
-from kdjax.convert.pytorch import file as torch_file
-from kdjax.convert.pytorch.unpickle import unpickle
+from kdjax.convert.checkpoint_files import list_files, subdirectory
+from kdjax.convert.megatron.args_reader import from_args
+from kdjax.convert.megatron.args_writer import to_args
+from kdjax.convert.megatron.checkpoint import TRACKER, open_checkpoint
+from kdjax.convert.pytorch import torch_file
+from kdjax.convert.pytorch.pickle_reader import unpickle
 from kdjax.model import init_params
 from kdjax.train import run
 from kdjax.types import UserError
@@ -72,7 +73,7 @@ def described(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def tensors(path: Path, config: ModelConfig) -> dict[str, np.ndarray]:
-    return {name: tensor.read() for name, tensor in layout.find(path).read(config).items() if tensor.nbytes}
+    return {name: tensor.read() for name, tensor in open_checkpoint(path).read_tensors(config).items() if tensor.nbytes}
 
 
 def assert_same_bytes(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
@@ -95,7 +96,7 @@ def test_megatron_and_back(variant: str, checkpoint: str, iteration: str, tmp_pa
     """Every key, shape, dtype and byte of what Megatron-Core wrote."""
     golden, config = megatron.unpacked(variant) / checkpoint, megatron.architecture(variant)
     main(["to-megatron", str(megatron.converted(variant, checkpoint)), str(tmp_path / "back")])
-    assert (tmp_path / "back" / layout.TRACKER).read_text() == "release"
+    assert (tmp_path / "back" / TRACKER).read_text() == "release"
     ours, theirs = described(tmp_path / "back" / "release"), described(golden / iteration)
     assert {name: told for name, told in theirs.items() if not name.startswith("rng_state")}.items() <= ours.items()
     assert {name for name in ours.keys() - theirs.keys() if "_extra_state" not in name} == set()
@@ -118,7 +119,7 @@ def test_in_another_dtype(variant: str, tmp_path: Path) -> None:
 
 
 def common(path: Path) -> dict[str, Any]:
-    return torch_file.load(below(files_of(path), "release")["common.pt"])
+    return torch_file.load(subdirectory(list_files(path), "release")["common.pt"])
 
 
 @pytest.mark.parametrize("checkpoint", [("gpt2ish", "torch_dist_tp1pp1"), ("llamaish", "torch_tp1pp2vpp2_bf16")])
@@ -156,16 +157,16 @@ def test_two_exports_are_byte_equal(tmp_path: Path) -> None:
     [
         (
             {"qk_norm": True, "norm": "layernorm"},
-            r"model.qk_norm with model.norm = 'layernorm': .* the norm of the layers",
+            r"model.qk_norm with model.norm = 'layernorm': .* the same norm as its layers",
         ),
         ({"qk_norm": True, "norm": "layernorm_1p"}, r"model.qk_norm with model.norm = 'layernorm_1p'"),
         (
             {"activation": "gelu_tanh"},
-            r"model.activation = 'gelu_tanh' without model.bias: .* only where a bias is added",
+            r"model.activation = 'gelu_tanh' without model.bias: .* only in the kernel that also adds a bias",
         ),
-        ({"rope_llama3": (8.0, 1.0, 2.0, 8192.0)}, r"model.rope_llama3 = \(8.*fixed there, to 1, 4, 8192"),
-        ({"rope_theta": 10000.5}, r"model.rope_theta = 10000.5: .*has to be whole"),
-        ({"rope_linear_factor": 2.5}, r"model.rope_linear_factor = 2.5: .*has to be whole"),
+        ({"rope_llama3": (8.0, 1.0, 2.0, 8192.0)}, r"model.rope_llama3 = \(8.*fixes all but the factor, to 1, 4, 8192"),
+        ({"rope_theta": 10000.5}, r"model.rope_theta = 10000.5: .*must be a whole number"),
+        ({"rope_linear_factor": 2.5}, r"model.rope_linear_factor = 2.5: .*must be a whole number"),
     ],
 )
 def test_architectures_that_megatron_does_not_have(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ def test_args_say_what_they_are_read_as() -> None:
         ("layernorm_epsilon", "norm_epsilon"),
     ):
         for name in (newer, older):
-            told = from_args.from_args({key: value for key, value in args.items() if key != name}, "here")
+            told = from_args({key: value for key, value in args.items() if key != name}, "here")
             assert (told["norm"].value, told["norm_eps"].value) == ("layernorm_1p", 3e-6)
 
 
@@ -249,10 +250,12 @@ def test_any_step_of_a_run(student: Path, step: int | None, tmp_path: Path) -> N
 
 
 def test_rows_that_were_in_the_softmax_stay(student: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"--vocab-divisible-by 128 makes 128 rows .* ran over {toy.VOCAB + 3}; leave"):
+    with pytest.raises(
+        UserError, match=rf"--vocab-divisible-by 128 makes 128 vocabulary rows, .* over {toy.VOCAB + 3} rows; omit"
+    ):
         main(["to-megatron", str(student), str(tmp_path / "out"), "--vocab-divisible-by", "128"])
     main(["to-megatron", str(student), str(tmp_path / "out"), "--vocab-divisible-by", str(toy.VOCAB + 3)])
-    with pytest.raises(UserError, match=r"--vocab-divisible-by 0: give a number from 1"):
+    with pytest.raises(UserError, match=r"--vocab-divisible-by 0: it must be at least 1"):
         main(["to-megatron", str(student), str(tmp_path / "other"), "--vocab-divisible-by", "0"])
 
 
@@ -284,7 +287,7 @@ def test_a_disk_without_room_and_an_interruption(out: Path, tmp_path: Path, monk
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         patch.setattr(shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(UserError, match=r"has 0.0 MB free and the model may take 0.0 MB; make room"):
+        with pytest.raises(UserError, match=r"has 0.0 MB free and the model may need 0.0 MB; free some"):
             main(["to-megatron", str(tmp_path / "model"), str(out)])
 
     def interrupted(*things: Any) -> int:
@@ -299,7 +302,11 @@ def test_a_disk_without_room_and_an_interruption(out: Path, tmp_path: Path, monk
     ("spoil", "force", "message"),
     [
         (lambda out: None, False, r"exists already; name another directory, or pass --force"),
-        (lambda out: (out / "release" / "provenance.json").unlink(), True, r"holds no release/provenance.json"),
+        (
+            lambda out: (out / "release" / "provenance.json").unlink(),
+            True,
+            r"hold release/provenance.json, and .*out does",
+        ),
         (lambda out: (out / "iter_0000010").mkdir(), True, r"holds iter_0000010, a training run's checkpoints; name"),
     ],
 )
@@ -321,6 +328,7 @@ def test_leaves_that_do_not_fit(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "model" / "model_config.json").read_text())
     (tmp_path / "model" / "model_config.json").write_text(json.dumps(told | {"d_ff": 29}))
     with pytest.raises(
-        UserError, match=r"layers/mlp/\w+/kernel: \(3, .*23.*\) stored, \(3, .*29.*\) wanted by the arch"
+        UserError,
+        match=r"layers/mlp/\w+/kernel: \(3, .*23.*\) is stored, but the architecture .* needs \(3, .*29",
     ):
         main(["to-megatron", str(tmp_path / "model"), str(tmp_path / "out")])

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch_writer as writer
 
-from kdjax.convert.files import Region, files_of
-from kdjax.convert.pytorch import file as torch_file
-from kdjax.convert.pytorch.unpickle import INERT_PACKAGES, Inert, unpickle
-from kdjax.convert.tensors import assembled, concatenated, in_file, in_memory
+from kdjax.convert.checkpoint_files import ByteRange, list_files
+from kdjax.convert.pytorch import pickle_writer, torch_file
+from kdjax.convert.pytorch.pickle_reader import INERT_PACKAGES, Inert, unpickle
+from kdjax.convert.tensors import assemble, concatenate, tensor_in_file, tensor_in_memory
 from kdjax.types import UserError
 
 
@@ -48,14 +48,14 @@ def test_names_that_could_run_something(
     asks: Asks, name: str, protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"some.pt: its pickle asks for {name}, which is not among"):
+    with pytest.raises(UserError, match=rf"some.pt: its pickle uses {name}, which is not on the list"):
         unpickle(pickle.dumps({"args": asks}, protocol=protocol), "some.pt")
     assert not (tmp_path / "was_run").exists()
 
 
 @pytest.mark.parametrize("module", ["torch.hub", "torch", "torch.distributed.checkpoint", "subprocess", "megatronx"])
 def test_modules_that_are_not_listed(module: str) -> None:
-    with pytest.raises(UserError, match=rf"asks for {re.escape(module)}.load"):
+    with pytest.raises(UserError, match=rf"uses {re.escape(module)}.load"):
         unpickle(f"c{module}\nload\n.".encode(), "some.pt")
 
 
@@ -84,9 +84,9 @@ def test_the_files_own_names_cannot_be_changed() -> None:
 
 def save_views(path: Path, storage: np.ndarray, views: dict[str, Any]) -> None:
     """A torch.save file of tensors that share a storage: first item, shape and strides of each."""
-    tensors = {name: torch_file.tensor_over(storage, 0, *view) for name, view in views.items()}
+    tensors = {name: torch_file.describe_tensor(storage, 0, *view) for name, view in views.items()}
     with path.open("wb") as file:
-        torch_file.write(file, pickle.dumps(tensors), [storage])
+        torch_file.write_archive(file, pickle_writer.dumps(tensors), [storage])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.uint8, np.int32])
@@ -101,12 +101,12 @@ def test_shared_and_strided_storages(dtype: Any, tmp_path: Path) -> None:
         "empty": (0, (0, 4), (4, 1)),
     }
     save_views(tmp_path / "a.pt", storage, views)
-    stored = torch_file.load(files_of(tmp_path)["a.pt"])
+    stored = torch_file.load(list_files(tmp_path)["a.pt"])
     for name, (first, shape, strides) in views.items():
         steps = [step * storage.itemsize for step in strides]
         expected = np.lib.stride_tricks.as_strided(storage[first:], shape, steps)
         found = stored[name]
-        assert (found.shape, found.dtype, found.where) == (shape, storage.dtype, str(tmp_path / "a.pt"))
+        assert (found.shape, found.dtype, found.label) == (shape, storage.dtype, str(tmp_path / "a.pt"))
         np.testing.assert_array_equal(found.read(), expected, err_msg=name)
         if len(shape) == 2 and shape[0] > 1:
             np.testing.assert_array_equal(found.layer(1).read(), expected[1])
@@ -116,8 +116,11 @@ def test_shared_and_strided_storages(dtype: Any, tmp_path: Path) -> None:
 def test_a_view_beyond_its_storage(tmp_path: Path) -> None:
     storage = np.zeros(10, np.float32)
     save_views(tmp_path / "a.pt", storage, {"": (5, (2, 3), (3, 1))})
-    with pytest.raises(UserError, match=r"a.pt: a tensor \(2, 3\) reaches beyond its storage"):
-        torch_file.load(files_of(tmp_path)["a.pt"])
+    with pytest.raises(
+        UserError,
+        match=r"a.pt: .* shape \(2, 3\) with strides \(3, 1\) at item 5 .* beyond its 40 bytes",
+    ):
+        torch_file.load(list_files(tmp_path)["a.pt"])
 
 
 @pytest.mark.parametrize(
@@ -130,21 +133,21 @@ def test_a_view_beyond_its_storage(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_written_is_a_pickle(thing: Any) -> None:
-    found = pickle.loads(pickle.dumps(thing))
+    found = pickle.loads(pickle_writer.dumps(thing))
     assert (found, repr(found)) == (thing, repr(thing))
 
 
 def test_pickles_of_names() -> None:
     """Python's own unpickler imports them, calls them and sets attributes; what is no pickle's is refused."""
-    fraction = pickle.Call(pickle.Global("fractions", "Fraction"), (3, 4))
-    namespace = pickle.Record(pickle.Global("argparse", "Namespace"), {"share": fraction})
-    assert pickle.loads(pickle.dumps([namespace, fraction])) == [
+    fraction = pickle_writer.Construct(pickle_writer.Global("fractions", "Fraction"), (3, 4))
+    namespace = pickle_writer.Instance(pickle_writer.Global("argparse", "Namespace"), {"share": fraction})
+    assert pickle.loads(pickle_writer.dumps([namespace, fraction])) == [
         argparse.Namespace(share=Fraction(3, 4)),
         Fraction(3, 4),
     ]
     with pytest.raises(TypeError, match=r"Fraction .* cannot be pickled"):
-        pickle.dumps([Fraction(1, 2)])
-    assert pickle.loads(pickle.dumps([Fraction(1, 2)], str)) == ["1/2"]
+        pickle_writer.dumps([Fraction(1, 2)])
+    assert pickle.loads(pickle_writer.dumps([Fraction(1, 2)], str)) == ["1/2"]
 
 
 def test_a_zip_that_begins_inside_a_file(tmp_path: Path) -> None:
@@ -168,45 +171,45 @@ def test_files_that_are_no_torch_save_files(tmp_path: Path) -> None:
     (tmp_path / "cut.pt").write_bytes(whole[:-10])
     (tmp_path / "old.pt").write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2))
     (tmp_path / "empty.pt").write_bytes(b"")
-    files = files_of(tmp_path)
-    with pytest.raises(UserError, match=rf"cut.pt is no complete .* it has {len(whole) - 10} bytes: perhaps"):
+    files = list_files(tmp_path)
+    with pytest.raises(UserError, match=rf"cut.pt is not a complete .* has {len(whole) - 10} bytes and may be trunc"):
         torch_file.load(files["cut.pt"])
     with pytest.raises(UserError, match=r"old.pt: written by torch before 1.6"):
         torch_file.load(files["old.pt"])
-    with pytest.raises(UserError, match=r"empty.pt is no complete"):
+    with pytest.raises(UserError, match=r"empty.pt is not a complete"):
         torch_file.load(files["empty.pt"])
 
 
 def test_a_file_that_shrank_after_it_was_opened(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(bytes(100))
-    tensor = in_file(tmp_path / "a.bin", 20, (10, 3), np.dtype(np.float32))
-    with pytest.raises(UserError, match=r"a.bin: .* reaches to byte 140 of a.bin, which has 100: the file was cut off"):
+    tensor = tensor_in_file(tmp_path / "a.bin", 20, (10, 3), np.dtype(np.float32))
+    with pytest.raises(UserError, match=r"a.bin: .* extends to byte 140 of a.bin, which has 100 bytes: .*truncated"):
         tensor.read()
     np.testing.assert_array_equal(tensor.slice(0, 6).read(), np.zeros((6, 3)))
 
 
 def test_a_region_beyond_its_file(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(bytes(100))
-    region = Region(tmp_path / "a.bin", 0, 100, "a.bin")
+    region = ByteRange(tmp_path / "a.bin", 0, 100, "a.bin")
     assert region.part(60, 40).read() == bytes(40)
-    with pytest.raises(UserError, match=r"a.bin has 100 bytes and should hold an entry up to byte 101"):
+    with pytest.raises(UserError, match=r"a.bin has 100 bytes and should hold an entry of 41 bytes at byte 60"):
         region.part(60, 41)
 
 
 def test_boxes_are_put_together_row_by_row() -> None:
     whole = np.arange(7 * 6).reshape(7, 6)
     cuts = [(0, 0, 3, 4), (0, 4, 3, 2), (3, 0, 4, 6)]
-    pieces = [((y, x), in_memory(whole[y : y + h, x : x + w])) for y, x, h, w in cuts]
-    tensor = assembled(whole.shape, pieces)
+    pieces = [((y, x), tensor_in_memory(whole[y : y + h, x : x + w])) for y, x, h, w in cuts]
+    tensor = assemble(whole.shape, pieces)
     np.testing.assert_array_equal(tensor.read(), whole)
     np.testing.assert_array_equal(tensor.slice(2, 5).read(), whole[2:5])
     np.testing.assert_array_equal(tensor.layer(3).read(), whole[3])
-    halves = [in_memory(whole[:, :4]), in_memory(whole[:, 4:])]
-    np.testing.assert_array_equal(concatenated(halves, axis=1).rows(1, 3), whole[1:3])
+    halves = [tensor_in_memory(whole[:, :4]), tensor_in_memory(whole[:, 4:])]
+    np.testing.assert_array_equal(concatenate(halves, axis=1).rows(1, 3), whole[1:3])
 
 
 @pytest.mark.parametrize("cuts", [[(0, 0, 3, 6)], [(0, 0, 7, 6), (0, 0, 7, 6)], [(0, 0, 5, 6), (5, 0, 3, 6)]])
 def test_boxes_that_do_not_make_up_the_whole(cuts: list[tuple[int, int, int, int]]) -> None:
-    pieces = [((y, x), in_memory(np.zeros((h, w)), "a.distcp", "some.weight")) for y, x, h, w in cuts]
+    pieces = [((y, x), tensor_in_memory(np.zeros((h, w)), "a.distcp", "some.weight")) for y, x, h, w in cuts]
     with pytest.raises(UserError, match=r"some.weight: its shards do not make up \(7, 6\): .*a.distcp"):
-        assembled((7, 6), pieces)
+        assemble((7, 6), pieces)

@@ -1,4 +1,4 @@
-"""Checkpoints for tests, by the writers that `to-megatron` uses; check_megatron.py has Megatron read theirs."""
+"""Writes checkpoints for tests with the writers of `to-megatron`, whose output check_megatron.py has Megatron load."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,22 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.convert.megatron.dcp_writer import Shard, namespace, write
-from kdjax.convert.pytorch import file as torch_file
+from kdjax.convert.megatron.dcp_writer import Shard, namespace, write_checkpoint
+from kdjax.convert.pytorch import torch_file
 
 __all__ = ["namespace", "save", "save_distributed"]
 
 
-def save(path: Path, thing: Any) -> None:
-    """What torch.save(thing, path) writes, arrays as tensors."""
+def save(path: Path, content: Any) -> None:
+    """Writes what torch.save(content, path) would write, arrays as tensors."""
     with path.open("wb") as file:
-        torch_file.save(file, thing)
+        torch_file.save(file, content)
 
 
 def save_distributed(directory: Path, tensors: dict[str, np.ndarray], common: dict[str, Any]) -> None:
-    """A torch_dist checkpoint, each tensor in up to two shards along its leading axis."""
+    """Writes a torch_dist checkpoint with each tensor in up to two shards along its first axis."""
     directory.mkdir(parents=True)
-    write(directory, _halves(tensors), {}, common)
+    write_checkpoint(directory, _halves(tensors), {}, common)
 
 
 def _halves(tensors: dict[str, np.ndarray]) -> Iterator[Shard]:

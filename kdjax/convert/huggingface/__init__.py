@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints: config.json, names and layouts a family, safetensors files read and written in pieces."""
+"""Hugging Face checkpoints: `families` and `config_json` describe architectures, `rules` tensors, the rest files."""

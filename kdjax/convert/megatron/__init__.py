@@ -1,5 +1,6 @@
-"""Megatron-LM's, NeMo's and Megatron-Bridge's GPT checkpoints, read without torch and without megatron.
+"""GPT checkpoints of Megatron-LM, NeMo and Megatron-Bridge, read and written without torch and without megatron.
 
-`layout` finds out what lies in a directory or .nemo file, `distributed` and `ranks` make a `Source` of it under the
-names of `names`, `arguments` reads the architecture, and `rules` says which tensors become which kdjax leaves.
+`checkpoint` finds out which format a directory or .nemo file holds. `dcp_reader` and `rank_reader` read its tensors,
+`parameter_names` brings their names to Megatron-Core's, and `rules` says which kdjax parameters they become.
+`args_reader` reads the architecture. `dcp_writer` and `args_writer` write what Megatron-Core loads.
 """

@@ -1,7 +1,6 @@
-"""Megatron's tensors and kdjax's leaves, both ways.
+"""Which Megatron tensors become which kdjax parameters, and how, both ways.
 
-Names are Megatron-Core's with Transformer Engine layers, whose `torch_dist` checkpoints always use them, with the layer
-numbers written out; `kdjax.convert.megatron.names` brings every other dialect to them.
+Tensor names are the canonical ones of `kdjax.convert.megatron.parameter_names`.
 """
 
 import re
@@ -9,17 +8,11 @@ import re
 import numpy as np
 
 from kdjax.config import ModelConfig
-from kdjax.convert.rules import (
-    Arrays,
-    Rule,
-    copy,
-    heads_in,
-    heads_in_inverse,
-    linear,
-)
+from kdjax.convert.rules import Arrays, Rule, copy, join_output_heads, linear, split_output_heads
 
+EMBEDDING, UNEMBEDDING = "embedding.word_embeddings.weight", "output_layer.weight"
 LAYER = "decoder.layers.{i}."
-# Entries that hold no weights: kind -> pattern of names.
+# Entries that hold no weights: kind -> regular expression of names.
 SKIP = {
     "Transformer Engine's _extra_state": r".*_extra_state(/.*)?",
     "random number generators' state": r"rng_state(/.*)?",
@@ -27,14 +20,12 @@ SKIP = {
     "training loop's state": r"rerun_state_machine.*|iteration|num_floating_point_operations_so_far",
     "rotary frequencies (recomputed)": r"(.*\.)?rotary_(pos_)?emb\.inv_freq",
 }
-
-
 SKIPPED = re.compile("|".join(f"(?:{pattern})" for pattern in SKIP.values()))
 
 
-def rules(config: ModelConfig) -> list[Rule]:
-    """The table for an architecture: what it has is needed, what it has not is refused."""
-    table = [copy("embedding.word_embeddings.weight", "embed")]
+def megatron_rules(config: ModelConfig) -> list[Rule]:
+    """Returns the rules for an architecture: one for every tensor that it has."""
+    table = [copy(EMBEDDING, "embed")]
     if config.position == "learned":
         table.append(copy("embedding.position_embeddings.weight", "positions"))
     table += _norm(config, f"{LAYER}self_attention.linear_qkv.layer_norm_", "layers/attn_norm/")
@@ -43,7 +34,7 @@ def rules(config: ModelConfig) -> list[Rule]:
     table += _mlp(config)
     table += _norm(config, "decoder.final_layernorm.", "final_norm/")
     if not config.tied:
-        table.append(copy("output_layer.weight", "unembed"))
+        table.append(copy(UNEMBEDDING, "unembed"))
     return table
 
 
@@ -60,7 +51,7 @@ def _attention(config: ModelConfig) -> list[Rule]:
 
     table = [
         Rule((f"{source}linear_qkv.weight",), qkv("kernel"), split_qkv, join_qkv),
-        Rule((f"{source}linear_proj.weight",), (f"{target}o/kernel",), heads_in, heads_in_inverse),
+        Rule((f"{source}linear_proj.weight",), (f"{target}o/kernel",), split_output_heads, join_output_heads),
     ]
     if config.bias or config.qkv_bias:
         table.append(Rule((f"{source}linear_qkv.bias",), qkv("bias"), split_qkv_bias, join_qkv_bias))
@@ -77,23 +68,23 @@ def _mlp(config: ModelConfig) -> list[Rule]:
     table = [linear(f"{source}fc2.weight", f"{target}down/kernel")]
     if gated:
         halves = (f"{target}gate/kernel", f"{target}up/kernel")
-        table.append(Rule((f"{source}fc1.weight",), halves, split_gated, join_gated))
+        table.append(Rule((f"{source}fc1.weight",), halves, split_gate_and_up, join_gate_and_up))
     else:
         table.append(linear(f"{source}fc1.weight", f"{target}up/kernel"))
     if config.bias:
         table.append(copy(f"{source}fc2.bias", f"{target}down/bias"))
         if gated:
             halves = (f"{target}gate/bias", f"{target}up/bias")
-            table.append(Rule((f"{source}fc1.bias",), halves, split_gated_bias, join_gated_bias))
+            table.append(Rule((f"{source}fc1.bias",), halves, split_gate_and_up_bias, join_gate_and_up_bias))
         else:
             table.append(copy(f"{source}fc1.bias", f"{target}up/bias"))
     return table
 
 
 def split_qkv(config: ModelConfig, weight: np.ndarray) -> Arrays:
-    """[G * (N/G + 2) * H, D] -> q [D, N, H], k and v [D, G, H].
+    """[G * (N/G + 2) * H, D] -> queries [D, N, H], keys and values [D, G, H].
 
-    Each query group's rows are its query heads, then its key head, then its value head.
+    The rows of a query group are its query heads, its key head and its value head.
     """
     D, G, H = weight.shape[1], config.groups, config.head_width
     grouped = weight.reshape(G, config.n_heads // G + 2, H, D)
@@ -102,6 +93,7 @@ def split_qkv(config: ModelConfig, weight: np.ndarray) -> Arrays:
 
 
 def join_qkv(config: ModelConfig, q_DxNxH: np.ndarray, k_DxGxH: np.ndarray, v_DxGxH: np.ndarray) -> Arrays:
+    """Undoes `split_qkv`."""
     D, G, H = k_DxGxH.shape
     q_GxRxHxD = q_DxNxH.transpose(1, 2, 0).reshape(G, -1, H, D)
     k_Gx1xHxD, v_Gx1xHxD = (part.transpose(1, 2, 0)[:, None] for part in (k_DxGxH, v_DxGxH))
@@ -109,26 +101,31 @@ def join_qkv(config: ModelConfig, q_DxNxH: np.ndarray, k_DxGxH: np.ndarray, v_Dx
 
 
 def split_qkv_bias(config: ModelConfig, bias: np.ndarray) -> Arrays:
+    """[G * (N/G + 2) * H] -> queries [N, H], keys and values [G, H]."""
     return tuple(part[0] for part in split_qkv(config, bias[:, None]))
 
 
 def join_qkv_bias(config: ModelConfig, q_NxH: np.ndarray, k_GxH: np.ndarray, v_GxH: np.ndarray) -> Arrays:
+    """Undoes `split_qkv_bias`."""
     return (join_qkv(config, q_NxH[None], k_GxH[None], v_GxH[None])[0][:, 0],)
 
 
-def split_gated(config: ModelConfig, weight: np.ndarray) -> Arrays:
-    """[2 F, D] -> gate and up, each [D, F]: the first half goes through SiLU."""
+def split_gate_and_up(config: ModelConfig, weight: np.ndarray) -> Arrays:
+    """[2 F, D] -> gate and up projection, each [D, F]. The gate is the half that goes through SiLU."""
     gate_FxD, up_FxD = np.split(weight, 2)
     return gate_FxD.T, up_FxD.T
 
 
-def join_gated(config: ModelConfig, gate_DxF: np.ndarray, up_DxF: np.ndarray) -> Arrays:
+def join_gate_and_up(config: ModelConfig, gate_DxF: np.ndarray, up_DxF: np.ndarray) -> Arrays:
+    """Undoes `split_gate_and_up`."""
     return (np.concatenate([gate_DxF.T, up_DxF.T]),)
 
 
-def split_gated_bias(config: ModelConfig, bias: np.ndarray) -> Arrays:
+def split_gate_and_up_bias(config: ModelConfig, bias: np.ndarray) -> Arrays:
+    """[2 F] -> gate and up bias, each [F]."""
     return tuple(np.split(bias, 2))
 
 
-def join_gated_bias(config: ModelConfig, gate_F: np.ndarray, up_F: np.ndarray) -> Arrays:
+def join_gate_and_up_bias(config: ModelConfig, gate_F: np.ndarray, up_F: np.ndarray) -> Arrays:
+    """Undoes `split_gate_and_up_bias`."""
     return (np.concatenate([gate_F, up_F]),)

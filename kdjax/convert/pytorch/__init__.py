@@ -1,1 +1,1 @@
-"""PyTorch's file formats, read and written without torch; nothing in a pickle is executed."""
+"""PyTorch's file formats, read and written without torch. Nothing in a pickle is executed."""

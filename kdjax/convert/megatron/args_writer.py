@@ -1,21 +1,22 @@
-"""The architecture as Megatron's args: the counterpart of `kdjax.convert.megatron.from_args.from_args`."""
+"""Writes an architecture as Megatron's args, which `kdjax.convert.megatron.args_reader.from_args` reads back."""
 
 import math
 from typing import Any
 
 from kdjax.config import ModelConfig
-from kdjax.convert.megatron.from_args import LLAMA3_SCALING
+from kdjax.convert.megatron.args_reader import LLAMA3_SCALING
 from kdjax.types import UserError
 
 MEGATRON_DIVISOR = 128  # the default of --make-vocab-size-divisible-by
 
 
 def to_args(config: ModelConfig, sequence_length: int | None = None) -> dict[str, Any]:
-    """Megatron's args for a model, under the names of its newer and older releases; what is not stated is left out.
+    """Returns Megatron's args for a model, under the names of its newer and older releases.
 
-    `sequence_length` is what a model without learned positions was trained on. Raises UserError for what no args state.
+    `sequence_length` is the length that a model without learned positions was trained on; None leaves it out.
+    Raises UserError for an architecture that Megatron's GPT does not have.
     """
-    refuse_inexpressible(config)
+    _refuse_inexpressible(config)
     rows, groups = config.vocab_rows, config.groups
     grouped, rope = groups != config.n_heads, config.position == "rope"
     centred = config.norm == "layernorm_1p"
@@ -35,7 +36,7 @@ def to_args(config: ModelConfig, sequence_length: int | None = None) -> dict[str
         "make_vocab_size_divisible_by": _divisor(config.vocab_size, rows),
         "position_embedding_type": "rope" if rope else "learned_absolute",
         "add_position_embedding": not rope,
-        "use_rotary_position_embeddings": False,  # the older way of saying rope
+        "use_rotary_position_embeddings": False,  # older releases' way of stating rope
         "rotary_base": int(config.rope_theta),
         "rotary_percent": config.rope_fraction,
         "rotary_interleaved": False,
@@ -70,32 +71,36 @@ def to_args(config: ModelConfig, sequence_length: int | None = None) -> dict[str
     }
 
 
-def refuse_inexpressible(config: ModelConfig) -> None:
-    """Raises UserError, naming the value, for an architecture that Megatron's GPT does not have."""
+def _refuse_inexpressible(config: ModelConfig) -> None:
     fixed = ", ".join(f"{value:g}" for value in LLAMA3_SCALING)
     fractions = [key for key in ("rope_theta", "rope_linear_factor") if getattr(config, key) % 1]
-    for cannot, what, why in (
+    for inexpressible, setting, reason in (
         (
             config.qk_norm and config.norm != "rmsnorm",
             f"qk_norm with model.norm = {config.norm!r}",
-            "queries and keys get the norm of the layers there",
+            "its queries and keys get the same norm as its layers",
         ),
         (
             config.activation == "gelu_tanh" and not config.bias,
             "activation = 'gelu_tanh' without model.bias",
-            "GELU is approximated only where a bias is added in the same kernel",
+            "it approximates GELU only in the kernel that also adds a bias",
         ),
         (
             config.rope_llama3 is not None and config.rope_llama3[1:] != LLAMA3_SCALING,
             f"rope_llama3 = {config.rope_llama3}",
-            f"all but the factor are fixed there, to {fixed}",
+            f"it fixes all but the factor, to {fixed}",
         ),
-        *((config.position == "rope", f"{key} = {getattr(config, key)}", "it has to be whole") for key in fractions),
+        *(
+            (config.position == "rope", f"{key} = {getattr(config, key)}", "it must be a whole number")
+            for key in fractions
+        ),
     ):
-        if cannot:
-            raise UserError(f"model.{what}: Megatron's GPT cannot be that: {why}; to-hf may have a family that can")
+        if inexpressible:
+            raise UserError(
+                f"model.{setting}: Megatron's GPT does not have it: {reason}; try to-hf, which has other families"
+            )
 
 
 def _divisor(vocab_size: int, rows: int) -> int:
-    """A --make-vocab-size-divisible-by that pads the vocabulary to these rows."""
+    """Returns a --make-vocab-size-divisible-by that pads the vocabulary to this number of rows."""
     return MEGATRON_DIVISOR if math.ceil(vocab_size / MEGATRON_DIVISOR) * MEGATRON_DIVISOR == rows else rows

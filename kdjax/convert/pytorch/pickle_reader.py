@@ -1,8 +1,8 @@
-"""Reading pickles without running them: a short list of harmless names is known, every other is refused.
+"""Reads pickles without running them: a short list of harmless names is accepted, and every other name is refused.
 
-A pickle is a program that may call anything it can import. This unpickler imports nothing: plain containers are
-themselves, tensors become `StoredTensor`s, and what belongs to Megatron, NumPy or Transformer Engine becomes an
-`Inert` record of what it was given. A name outside the lists ends in a `UserError` that says which name it was.
+A pickle is a program that may call anything it can import. This unpickler imports nothing: plain containers are built
+as usual, tensors become `LazyTensor`s, and objects of Megatron, NumPy or Transformer Engine become `Inert` records of
+what they were given. Any other name raises a UserError that quotes it.
 """
 
 import collections
@@ -43,7 +43,7 @@ STORAGES = {
     "BoolStorage": "bool",
     "UntypedStorage": "uint8",
 }
-# Modules whose classes are kept as inert records: bookkeeping of a training run.
+# Packages whose objects become inert records: a training run's bookkeeping.
 INERT_PACKAGES = (
     "megatron",
     "transformer_engine",
@@ -80,12 +80,12 @@ REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 
 
 class Inert:
-    """What a class that is not run was called with (`arguments`), and what it was then told (its attributes)."""
+    """Stands for an object whose class is not run: the arguments it was called with, then its state and items."""
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> "Inert":
-        made = super().__new__(cls)
-        made.arguments, made.state, made.items = arguments, None, {}
-        return made
+        self = super().__new__(cls)
+        self.arguments, self.state, self.items = arguments, None, {}
+        return self
 
     def __init__(self, *arguments: Any, **keywords: Any):
         pass
@@ -109,22 +109,22 @@ class Inert:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The attributes of the pickled object; none when it kept its state in another way."""
+        """The object's attributes; empty if its state is not a dict of them."""
         return self.state if isinstance(self.state, dict) else {}
 
     def __repr__(self) -> str:
-        told = ", ".join(map(repr, self.arguments))
-        return f"{type(self).__name__}({told})"
+        arguments = ", ".join(map(repr, self.arguments))
+        return f"{type(self).__name__}({arguments})"
 
 
 class DtypeName(str):
-    """A torch dtype, such as "bfloat16"."""
+    """The name of a torch dtype, such as "bfloat16"."""
 
 
-def dtype_of(name: str, where: str) -> np.dtype:
-    """The NumPy dtype of a torch dtype's name."""
+def numpy_dtype(name: str, label: str) -> np.dtype:
+    """Returns the NumPy dtype of a torch dtype's name. Raises UserError, naming the file `label`, if there is none."""
     if name not in DTYPES:
-        raise UserError(f"{where}: tensors of dtype {name} cannot be read; known are {', '.join(DTYPES)}")
+        raise UserError(f"{label}: tensors of dtype {name} cannot be read; known are {', '.join(DTYPES)}")
     return np.dtype(DTYPES[name])
 
 
@@ -133,7 +133,7 @@ def _size(values: Any = ()) -> tuple[int, ...]:
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Protocol 2 writes bytes as a call of `_codecs.encode`."""
+    """Returns the bytes that protocol 2 writes as a call of `_codecs.encode`."""
     return text.encode("latin1" if encoding == "latin1" else "utf-8")
 
 
@@ -146,7 +146,7 @@ def _parameter(data: Any, *rest: Any) -> Any:
 
 
 def _from_type(rebuild: Callable[..., Any], kind: Any, arguments: Any, state: Any) -> Any:
-    """A tensor with attributes: `rebuild` is one of this module's stand-ins, so the call is harmless."""
+    """Returns a tensor that had attributes. `rebuild` is one of this module's stand-ins, so calling it is harmless."""
     return rebuild(*arguments)
 
 
@@ -165,48 +165,54 @@ HARMLESS: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Reader(pickle.Unpickler):
-    """The unpickler. `tensor` is called in place of the functions in `REBUILD`, `storage` for a storage's reference."""
+class SafeUnpickler(pickle.Unpickler):
+    """An unpickler that imports nothing.
+
+    `rebuild_tensor` is called in place of the functions in `REBUILD`, `resolve_storage` with a storage's reference.
+    """
 
     def __init__(
         self,
         data: bytes,
         label: str,
-        tensor: Callable[..., Any] | None = None,
-        storage: Callable[[Any], Any] | None = None,
+        rebuild_tensor: Callable[..., Any] | None = None,
+        resolve_storage: Callable[[Any], Any] | None = None,
     ):
         super().__init__(io.BytesIO(data), encoding="latin1")
-        self._label, self._tensor, self._storage = label, tensor, storage
+        self._label, self._rebuild_tensor, self._resolve_storage = label, rebuild_tensor, resolve_storage
 
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         full = f"{module}.{name}"
         if full in HARMLESS:
             return HARMLESS[full]
-        if full in REBUILD and self._tensor is not None:
-            return self._tensor
+        if full in REBUILD and self._rebuild_tensor is not None:
+            return self._rebuild_tensor
         if full in INERT_NAMES or module.split(".")[0] in INERT_PACKAGES:
             return type(full, (Inert,), {})
         raise UserError(
-            f"{self._label}: its pickle asks for {full}, which is not among the harmless names that are read here. "
-            "A model's weights do not need it: be wary of this file, and load it with nothing that trusts pickles"
+            f"{self._label}: its pickle uses {full}, which is not on the list of harmless names. A model's weights do "
+            "not need it: do not trust this file, and do not load it with a program that runs pickles"
         )
 
     def persistent_load(self, pid: Any) -> Any:
-        if self._storage is None:
-            raise UserError(f"{self._label}: a pickle with storages outside a torch.save file; it cannot be read")
-        return self._storage(pid)
+        if self._resolve_storage is None:
+            raise UserError(f"{self._label}: its pickle refers to tensors, but it is not a torch.save file")
+        return self._resolve_storage(pid)
 
 
 def unpickle(
-    data: bytes, label: str, tensor: Callable[..., Any] | None = None, storage: Callable[[Any], Any] | None = None
+    data: bytes,
+    label: str,
+    rebuild_tensor: Callable[..., Any] | None = None,
+    resolve_storage: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """The pickled object. Raises UserError, naming `label`, when it is damaged or asks for an unknown name."""
+    """Returns the pickled object. Raises UserError, naming the file `label`, for damage and for unknown names."""
     try:
-        return Reader(data, label, tensor, storage).load()
+        return SafeUnpickler(data, label, rebuild_tensor, resolve_storage).load()
     except UserError:
         raise
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle can raise almost anything
         raise UserError(
             f"{label}: its pickle cannot be read ({type(error).__name__}: {error}); copy it again"
         ) from error

@@ -1,13 +1,12 @@
-"""The files of a Hugging Face checkpoint: safetensors, single or sharded, and what lies beside them.
+"""Reads and writes the safetensors files of a Hugging Face checkpoint, single or sharded, one tensor at a time.
 
-The format is a length, a JSON header and the tensors' bytes. The safetensors package checks a file before it is read;
-it maps whole files into memory and writes whole files from memory, so the bytes are read and written here, in pieces.
+The format is a length, a JSON header and the tensors' bytes. The safetensors package checks each file, but it reads and
+writes files as a whole, so the bytes are read and written here.
 """
 
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,12 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from kdjax.convert.tensors import Source, StoredTensor, in_file
+from kdjax.convert.huggingface.companion_files import read_json
+from kdjax.convert.tensors import LazyTensor, Tensors, tensor_in_file
 from kdjax.types import UserError
 
-SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "tekken.json",
-)
-SHARD_BYTES = 5 * 10**9  # what transformers' max_shard_size was for years
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9  # transformers' default max_shard_size for years
 DTYPES = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -40,43 +29,33 @@ DTYPES = {
 }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError when there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}; it must hold an object")
-    return found
+def read_tensors(directory: Path) -> Tensors:
+    """Returns every tensor in a directory's safetensors files by name, unread.
 
-
-def read_checkpoint(directory: Path) -> Source:
-    """Every tensor of the directory's safetensors files by name, unread.
-
-    Raises UserError when there are none, when one is damaged, and when the index and the shards disagree.
+    Raises UserError when there are no such files, when one is damaged, and when the index and the shards disagree.
     """
     if (directory / INDEX).exists():
         index = read_json(directory / INDEX).get("weight_map")
         if not isinstance(index, dict) or not index:
-            raise UserError(f"{directory / INDEX}: no weight_map")
+            raise UserError(f"{directory / INDEX}: it has no weight_map")
         shards = sorted(set(index.values()))
     elif (directory / SINGLE).exists():
         index, shards = {}, [SINGLE]
     else:
         raise UserError(_nothing_to_read(directory))
-    source: dict[str, StoredTensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for shard in shards:
         for name, tensor in _read_file(directory / shard):
             if index and index.get(name) != shard:
-                raise UserError(f"{directory / shard} holds {name}, which {INDEX} puts in {index.get(name, 'no file')}")
-            source[name] = tensor
+                place = index.get(name, "no file")
+                raise UserError(
+                    f"{directory / shard} holds {name}, but {INDEX} says that {place} does; copy both again"
+                )
+            tensors[name] = tensor
     for name in index:
-        if name not in source:
-            raise UserError(f"{directory / index[name]} holds no {name}, which {INDEX} puts there; copy it again")
-    return source
+        if name not in tensors:
+            raise UserError(f"{directory / index[name]} does not hold {name}, as {INDEX} says; copy it again")
+    return tensors
 
 
 def _nothing_to_read(directory: Path) -> str:
@@ -89,10 +68,10 @@ def _nothing_to_read(directory: Path) -> str:
     return f"{directory} holds neither {SINGLE} nor {INDEX}{hint}{remedy}"
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+def _read_file(path: Path) -> Iterator[tuple[str, LazyTensor]]:
     try:
         with safe_open(path, framework="numpy"):
-            pass  # it has checked that the header is sound and that the file holds every byte that it speaks of
+            pass  # checks that the header is sound and that the file holds every byte it describes
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
@@ -103,21 +82,12 @@ def _read_file(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         if entry["dtype"] not in DTYPES:
             raise UserError(f"{path}: {name} is stored as {entry['dtype']}; kdjax reads {', '.join(DTYPES)}")
         offset = 8 + size + entry["data_offsets"][0]
-        tensor = in_file(path, offset, entry["shape"], DTYPES[entry["dtype"]])
+        tensor = tensor_in_file(path, offset, entry["shape"], DTYPES[entry["dtype"]])
         yield name, dataclasses.replace(tensor, name=name)
 
 
-def copied(directories: Sequence[Path], names: Sequence[str]) -> dict[str, Path]:
-    """Of these file names those that exist, in the first of the directories that has any."""
-    for directory in directories:
-        found = {name: directory / name for name in names if (directory / name).is_file()}
-        if found:
-            return found
-    return {}
-
-
-class Writer:
-    """safetensors files in a directory, cut where one would pass `shard_bytes`; tensors are given in order."""
+class SafetensorsWriter:
+    """Writes announced tensors, in order, to safetensors files of at most `shard_bytes` (but one tensor at least)."""
 
     def __init__(
         self,
@@ -125,7 +95,6 @@ class Writer:
         tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
         shard_bytes: int = SHARD_BYTES,
     ):
-        self._kinds = {dtype: kind for kind, dtype in DTYPES.items()}
         self._directory, self._tensors = directory, tensors
         self._shards: list[list[str]] = [[]]
         filled = 0
@@ -138,19 +107,14 @@ class Writer:
             filled += size
 
     def write(self, arrays: Iterator[tuple[str, np.ndarray]]) -> None:
-        """All tensors, in the order in which they were announced."""
+        """Writes all tensors, which must come in the order in which they were announced."""
         for number, names in enumerate(self._shards, 1):
             with (self._directory / self._file(number)).open("wb") as file:
                 file.write(self._header(names))
-                for wanted in names:
+                for announced in names:
                     name, array = next(arrays)
-                    shape, dtype = self._tensors[wanted]
-                    assert (name, array.shape, array.dtype) == (wanted, shape, dtype), (
-                        name,
-                        array.shape,
-                        wanted,
-                        shape,
-                    )
+                    wanted = (announced, *self._tensors[announced])
+                    assert (name, array.shape, array.dtype) == wanted, (name, array.shape, array.dtype, wanted)
                     file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         assert next(arrays, None) is None, "more tensors than were announced"
         if len(self._shards) > 1:
@@ -168,20 +132,14 @@ class Writer:
         return math.prod(shape) * dtype.itemsize
 
     def _header(self, names: Sequence[str]) -> bytes:
+        kinds = {dtype: kind for kind, dtype in DTYPES.items()}
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
         offset = 0
         for name in names:
             shape, dtype = self._tensors[name]
             end = offset + self._nbytes(name)
-            entries[name] = {"dtype": self._kinds[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            entries[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8 bytes
         return len(text).to_bytes(8, "little") + text
-
-
-def copy_into(directory: Path, files: Mapping[str, Path]) -> None:
-    """Copies each file under its name, which may hold a subdirectory."""
-    for name, path in files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, directory / name)
