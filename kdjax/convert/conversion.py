@@ -18,7 +18,7 @@ from kdjax.convert.tensors import LazyTensor, Tensors
 from kdjax.model import named_shapes
 from kdjax.types import UserError
 
-FLOATS = ("float32", "bfloat16", "float16")
+FLOATS = ("float32", "bfloat16", "float16")  # dtypes that parameters can have
 MOST_PROBLEMS = 24  # lines of an error message
 
 

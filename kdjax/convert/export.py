@@ -14,15 +14,12 @@ from kdjax.checkpoint.arrays import Leaf, open_leaves
 from kdjax.checkpoint.model_directory import VOCABULARY_LEAVES
 from kdjax.cli import Progress
 from kdjax.config import ModelConfig
+from kdjax.convert.conversion import FLOATS
 from kdjax.convert.rules import Rule
 from kdjax.model import named_shapes
 from kdjax.types import UserError
 
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in FLOATS}
 
 
 def add_export_arguments(parser: argparse.ArgumentParser, format_name: str) -> None:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full-attention",
         action="store_true",
-        help="accept a model with sliding-window attention and let it attend to all earlier tokens",
+        help="accept sliding-window attention but attend to all earlier tokens",
     )
 
 

@@ -53,6 +53,21 @@ def linear(source: str, target: str) -> Rule:
     return Rule((source,), (target,), transpose, transpose)
 
 
+def head_projection(source: str, target: str) -> Rule:
+    """Returns the rule for a query, key or value projection that the source stores as [N * H, D]."""
+    return Rule((source,), (target,), split_heads, join_heads)
+
+
+def head_bias(source: str, target: str) -> Rule:
+    """Returns the rule for a query, key or value bias that the source stores as [N * H]."""
+    return Rule((source,), (target,), split_head_bias, join_head_bias)
+
+
+def output_projection(source: str, target: str) -> Rule:
+    """Returns the rule for the attention's output projection that the source stores as [D, N * H]."""
+    return Rule((source,), (target,), split_output_heads, join_output_heads)
+
+
 # Transforms of a rule, in pairs that undo each other. N is the number of heads, or of query groups for keys and values.
 
 

@@ -62,35 +62,27 @@ def tensor_in_file(
         label: what error messages call the file; default: its path.
     """
     shape, dtype, label = tuple(shape), np.dtype(dtype), label or str(path)
-    row_items = math.prod(shape[1:])
-    contiguous = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    axes = shape or (1,)  # a scalar is read as one row
+    steps = tuple(strides or (math.prod(axes[axis + 1 :]) for axis in range(len(axes))))
 
-    def read(start: int, count: int) -> np.ndarray:
-        items = np.fromfile(path, dtype, count, offset=offset + start * dtype.itemsize)
+    def rows(start: int, stop: int) -> np.ndarray:
+        size = (stop - start, *axes[1:])
+        first, count = offset + start * steps[0] * dtype.itemsize, span(size, steps)
+        items = np.fromfile(path, dtype, count, offset=first)
         if items.size < count:
             raise UserError(
-                f"{label}: a tensor of shape {shape} extends to byte {offset + (start + count) * dtype.itemsize} of "
-                f"{path.name}, which has {path.stat().st_size} bytes: the file is truncated; copy it again"
+                f"{label}: a tensor of shape {shape} extends to byte {first + count * dtype.itemsize} of {path.name}, "
+                f"which has {path.stat().st_size} bytes: the file is truncated; copy it again"
             )
-        return items
+        strided = np.lib.stride_tricks.as_strided(items, size, [step * dtype.itemsize for step in steps])
+        return np.ascontiguousarray(strided)
 
-    def contiguous_rows(start: int, stop: int) -> np.ndarray:
-        return read(start * row_items, (stop - start) * row_items).reshape(stop - start, *shape[1:])
-
-    def strided_rows(start: int, stop: int) -> np.ndarray:
-        steps = tuple(strides or ())
-        size = (stop - start, *shape[1:])
-        last = sum((length - 1) * step for length, step in zip(size, steps, strict=True))
-        items = read(start * steps[0], last + 1)
-        return np.lib.stride_tricks.as_strided(items, size, [step * dtype.itemsize for step in steps]).copy()
-
-    plain = strides is None or not shape or math.prod(shape) == 0 or _same_layout(shape, strides, contiguous)
-    return LazyTensor(shape, dtype, label, contiguous_rows if plain else strided_rows, name)
+    return LazyTensor(shape, dtype, label, rows, name)
 
 
-def _same_layout(shape: Sequence[int], strides: Sequence[int], contiguous: Sequence[int]) -> bool:
-    """Returns whether the strides mean C order. The stride of an axis of length 1 does not matter."""
-    return all(length == 1 or a == b for length, a, b in zip(shape, strides, contiguous, strict=True))
+def span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Returns the number of items from the first to the last one of an array."""
+    return 0 if 0 in shape else 1 + sum((length - 1) * step for length, step in zip(shape, strides, strict=True))
 
 
 def tensor_in_memory(array: np.ndarray, label: str = "memory", name: str = "") -> LazyTensor:

@@ -37,22 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     add_export_arguments(parser, "Hugging Face checkpoint")
     parser.add_argument(
-        "--tokenizer",
-        metavar="DIR",
-        type=Path,
-        help="copy the tokenizer's files from DIR; default: those of IN, or of its teacher",
+        "--tokenizer", metavar="DIR", type=Path, help="copy the tokenizer from DIR; default: from IN or its teacher"
     )
-    parser.add_argument(
-        "--max-positions",
-        metavar="N",
-        type=int,
-        help="the longest sequence to state in config.json; default: the source's, else the training data's",
-    )
-    parser.add_argument(
-        "--vocab-padding",
-        choices=("strip", "keep"),
-        help="whether to write the rows beyond the vocabulary; default: strip, but an error if they were trained",
-    )
+    length = "longest sequence to state in config.json; default: the source's, else the training data's"
+    parser.add_argument("--max-positions", metavar="N", type=int, help=length)
+    padding = "what to do with rows beyond the vocabulary; default: strip, but an error if they were trained"
+    parser.add_argument("--vocab-padding", choices=("strip", "keep"), help=padding)
     parser.add_argument(
         "--max-shard-gb", metavar="GB", type=float, default=SHARD_BYTES / 1e9, help="largest file; default: %(default)g"
     )

@@ -32,24 +32,16 @@ from kdjax.types import UserError
 RELEASE = "release"  # Megatron's word for weights without a training state
 # Modules for which Transformer Engine keeps an `_extra_state` (FP8 scales). Megatron asks for each of them by name.
 EXTRA_STATES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.core_attention",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
+    "self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention",
+    "mlp.linear_fc1", "mlp.linear_fc2",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     add_export_arguments(parser, "Megatron checkpoint")
-    parser.add_argument(
-        "--vocab-divisible-by",
-        metavar="N",
-        type=int,
-        help="pad the vocabulary to a multiple of N (Megatron's default: 128 times tensor parallelism); "
-        "default: as stored",
-    )
+    padding = "pad the vocabulary to a multiple of N (in Megatron 128 times tensor parallelism); default: as stored"
+    parser.add_argument("--vocab-divisible-by", metavar="N", type=int, help=padding)
 
 
 def run(arguments: argparse.Namespace) -> None:

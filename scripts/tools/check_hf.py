@@ -1,9 +1,9 @@
-"""transformers loads what `to-hf` writes, without a missing or unexpected key, and computes kdjax's logits.
+"""Checks that transformers loads what `to-hf` writes, with no missing or unexpected key, and computes kdjax's logits.
 
     python scripts/tools/check_hf.py --torch-python ~/torch/bin/python [MODEL ...]
 
-Takes the tests' checkpoints of each family there and back, and models of kdjax's own that never were a Hugging Face
-checkpoint, as a distilled student is; MODEL adds model or run directories. --torch-python has torch and transformers.
+Converts the tests' checkpoints of each family to kdjax and back, and models that never were Hugging Face checkpoints,
+as students trained from scratch; MODEL adds model or run directories. --torch-python has torch and transformers.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from kdjax.model import init_params
 
 HERE = Path(__file__).parent
 GOLDENS = HERE.parents[1] / "tests" / "fixtures" / "hf"
-TOLERANCE = 2e-5  # of kdjax in float32 from transformers in float64, whose own float32 is as far from it
-RELATIVE = 5e-6  # of the largest logit, where that allows more: real models have logits of tens
+TOLERANCE = 2e-5  # kdjax in float32 against transformers in float64; transformers in float32 differs as much
+RELATIVE = 5e-6  # of the largest logit, if that allows more: real models have logits of tens
 OWN = {
     "llama3 rope, wide heads, padded vocabulary": ModelConfig(
         n_groups=2, head_dim=10, rope_llama3=(8.0, 1.0, 4.0, 16.0), padded_vocab_size=128, tied=False
@@ -39,7 +39,7 @@ SHAPE = {"layers": 3, "d_model": 24, "n_heads": 4, "d_ff": 37, "vocab_size": 101
 
 
 def models(work: Path) -> dict[str, Path]:
-    """Model directories by what they are: the families' goldens and kdjax's own."""
+    """Returns model directories by description: the families' goldens and kdjax's own models."""
     found = {}
     for golden in sorted(GOLDENS.iterdir()):
         found[golden.name] = work / "models" / golden.name
@@ -47,13 +47,13 @@ def models(work: Path) -> dict[str, Path]:
     for number, (name, config) in enumerate(OWN.items()):
         config = ModelConfig(**{**config.__dict__, **SHAPE})
         found[name] = work / "models" / f"own{number}"
-        params = jax.tree.map(lambda x: x + 0.05, init_params(config, number))  # biases and scales away from 0 and 1
+        params = jax.tree.map(lambda x: x + 0.05, init_params(config, number))  # no bias is 0, no scale is 1
         save_model(found[name], config, params)
     return found
 
 
 def main() -> int:
-    """Converts, has transformers compute, compares; 0 when every difference is within the tolerance."""
+    """Converts the models and compares their logits; returns 0 if every difference is within the tolerance."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", metavar="MODEL", nargs="*", type=Path, help="model or run directories to check too")
     parser.add_argument(

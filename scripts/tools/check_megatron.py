@@ -1,11 +1,11 @@
-"""Megatron-Core loads what `to-megatron` writes, asks for no key in vain, and computes the same logits on a CPU.
+"""Checks that Megatron-Core loads what `to-megatron` writes, finds every key, and computes the same logits on a CPU.
 
     python scripts/tools/check_megatron.py [--megatron-python ~/megatron/bin/python] [MODEL ...]
 
-Takes the tests' checkpoints, which Megatron-Core wrote, there and back, and compares with Megatron's recorded logits
-and, at tensor and pipeline parallel 2, with the tensors that Megatron wrote at each rank. Models that never were
-Megatron's, one for each way of stating an architecture, and MODEL are compared with kdjax's own logits.
-Without --megatron-python, an environment with Megatron-Core and torch is made once, below ~/.cache/kdjax (1 GB).
+Converts the tests' checkpoints, which Megatron-Core wrote, to kdjax and back. Compares them with Megatron's recorded
+logits and, at tensor and pipeline parallel 2, with the tensors that Megatron wrote on each rank. Models that never were
+Megatron checkpoints, one for each way of stating an architecture, and MODEL are compared with kdjax's own logits.
+Without --megatron-python, an environment with Megatron-Core and torch is created once in ~/.cache/kdjax (1 GB).
 """
 
 import argparse
@@ -30,7 +30,7 @@ from kdjax.model import init_params
 HERE = Path(__file__).parent
 ARCHIVES = HERE.parents[1] / "tests" / "fixtures" / "megatron"
 MEGATRON = "megatron-core==0.16.1"
-PACKAGES = ("torch", "psutil", "six", "pyyaml", "pydantic", "triton")  # that it imports, declared or not
+PACKAGES = ("torch", "psutil", "six", "pyyaml", "pydantic", "triton")  # it imports them, though it declares not all
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # builds without CUDA
 TOLERANCE = 2e-5
 GOLDENS = (
@@ -40,7 +40,7 @@ GOLDENS = (
     ("llamaish", "torch_dist_tp1pp1_bf16_release", "golden_tp1pp1"),
     ("llamaish", "legacy_tp2_fastswiglu.nemo", "golden_tp1pp1"),
 )
-RANKS = "torch_tp2pp2/iter_0000100"  # what each of four ranks has of the same model, as Megatron wrote it
+RANKS = "torch_tp2pp2/iter_0000100"  # the tensors of each of four ranks, as Megatron wrote them
 LEARNED: dict[str, Any] = {"position": "learned", "max_positions": 40, "norm": "layernorm"}
 OWN: dict[str, dict[str, Any]] = {
     "llama3 rope, wide heads, padded": {
@@ -69,11 +69,11 @@ SHAPE: dict[str, Any] = {
 
 
 def environment() -> str:
-    """The interpreter of an environment with Megatron-Core, made when it is missing."""
+    """Returns the interpreter of an environment with Megatron-Core, which is created if it is missing."""
     directory = Path("~/.cache/kdjax/megatron-core-0.16.1").expanduser()
     python, ready = directory / "bin" / "python", directory / "ready"
     if not ready.exists():
-        print(f"making {directory} (a few minutes)", file=sys.stderr)
+        print(f"creating {directory} (a few minutes)", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(directory)], check=True)
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*install, "--extra-index-url", TORCH_INDEX, MEGATRON, *PACKAGES], check=True)
@@ -82,7 +82,7 @@ def environment() -> str:
 
 
 def cases(work: Path, models: list[Path]) -> Iterator[tuple[str, Path, np.ndarray, np.ndarray]]:
-    """Name, exported checkpoint, input ids and the logits that they should give, padded columns included."""
+    """Yields each model's name and directory, input ids, and the logits to expect, padded columns included."""
     for variant in {variant for variant, _, _ in GOLDENS}:
         shutil.unpack_archive(ARCHIVES / f"{variant}.tar.xz", work, filter="data")
     for number, (variant, checkpoint, golden) in enumerate(GOLDENS):
@@ -92,7 +92,7 @@ def cases(work: Path, models: list[Path]) -> Iterator[tuple[str, Path, np.ndarra
         yield f"{variant} {checkpoint}", path, found["input_ids"], found["logits"]
     for number, (name, changes) in enumerate(OWN.items()):
         config, path = ModelConfig(**SHAPE | changes), work / f"own{number}"
-        params = jax.tree.map(lambda x: x + 0.05, init_params(config, number))  # biases and scales away from 0 and 1
+        params = jax.tree.map(lambda x: x + 0.05, init_params(config, number))  # no bias is 0, no scale is 1
         save_model(path, config, params)
         yield name, path, *own(path)
     for path in models:
@@ -100,19 +100,19 @@ def cases(work: Path, models: list[Path]) -> Iterator[tuple[str, Path, np.ndarra
 
 
 def own(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Random ids, and kdjax's logits of them."""
+    """Returns random input ids and kdjax's logits for them."""
     ids_BxT = np.random.default_rng(0).integers(0, read_model_config(path).vocab_size, (2, 31), np.int32)
     return ids_BxT, np.asarray(load_model(path)(jnp.asarray(ids_BxT)))
 
 
 def run_peer(python: str, script: str, *paths: Path) -> None:
-    """Runs a script of this directory where Megatron-Core is; ends with its error."""
+    """Runs a script of this directory where Megatron-Core is. Raises CalledProcessError if it fails."""
     command = [python, "-W", "ignore", str(HERE / script), *map(str, paths)]
     subprocess.run(command, check=True, env=os.environ | {"TORCHDYNAMO_DISABLE": "1"})
 
 
 def main() -> int:
-    """Converts, has Megatron-Core compute, compares; 0 when every difference is within the tolerance."""
+    """Converts the models and compares their logits; returns 0 if every difference is within the tolerance."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", metavar="MODEL", nargs="*", type=Path, help="model or run directories to check too")
     parser.add_argument("--megatron-python", metavar="PYTHON", help="an interpreter with megatron-core and torch")

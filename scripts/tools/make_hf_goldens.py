@@ -1,9 +1,9 @@
-"""Tiny Hugging Face checkpoints with transformers' own logits, for the tests: one directory a family.
+"""Writes tiny Hugging Face checkpoints with transformers' own logits for the tests, one directory for each family.
 
     python scripts/tools/make_hf_goldens.py tests/fixtures/hf        # in an environment with torch and transformers
 
-Random weights, odd sizes, nothing at its default; written by `save_pretrained`, so names, shards and config.json are
-transformers' own. `logits.npz` holds `input_ids` and the float32 logits of its forward pass.
+The weights are random, the sizes odd and no setting has its default. `save_pretrained` writes them, so names, shards
+and config.json are transformers' own. `logits.npz` holds `input_ids` and the float32 logits of a forward pass.
 """
 
 import argparse
@@ -65,7 +65,7 @@ BFLOAT16 = {"smollm2"}
 
 
 def make(family: str, out: Path) -> None:
-    """One family's model, its logits and, for the first, a tokenizer."""
+    """Writes one family's model, its logits and, for Llama, a tokenizer."""
     settings = FAMILIES[family] if family == "gpt2" else SHAPE | FAMILIES[family]
     if family != "gpt2":
         settings |= {"rope_parameters": {"rope_type": "default", "rope_theta": 531.0} | ROPE.get(family, {})}
@@ -75,7 +75,7 @@ def make(family: str, out: Path) -> None:
     ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # norms and biases: away from 1 and 0
+            if parameter.ndim == 1:  # norms and biases, which start as 1 and 0
                 parameter += 0.3 * torch.randn_like(parameter)
             if family in BFLOAT16:
                 parameter.copy_(parameter.bfloat16())
@@ -97,7 +97,7 @@ def make(family: str, out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="directory that takes one directory a family")
+    parser.add_argument("out", type=Path, help="the directory to write, with one directory for each family")
     arguments = parser.parse_args()
     for name in FAMILIES:
         make(name, arguments.out / name)

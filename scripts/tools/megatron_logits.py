@@ -1,8 +1,8 @@
-"""Logits of Megatron-Core on a CPU for torch_dist checkpoints; run by check_megatron.py where it is installed.
+"""Computes the logits of torch_dist checkpoints with Megatron-Core on a CPU; check_megatron.py runs it.
 
 python scripts/tools/megatron_logits.py DIR [DIR ...]  # DIR holds the checkpoint and input_ids.npy, and gets logits.npy
 
-The model is built from the checkpoint's own args, and every key that it asks for must be there.
+The model is built from the checkpoint's own args, and every key that it asks for must exist.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from megatron.core.transformer import TransformerConfig
 
 
 def build(args: argparse.Namespace, parallel: dict[str, Any] | None = None, stage: dict[str, Any] | None = None) -> Any:
-    """The GPTModel that megatron.training builds from these args, in float32 and without fused kernels.
+    """Returns the GPTModel that megatron.training builds from these args, in float32 and without fused kernels.
 
-    `parallel` goes to its configuration, `stage` to the model: which part of it this rank holds.
+    `parallel` goes to its configuration; `stage`, which says what part of it this rank holds, to the model.
     """
     config = TransformerConfig(
         num_layers=args.num_layers,
@@ -74,16 +74,16 @@ def build(args: argparse.Namespace, parallel: dict[str, Any] | None = None, stag
 
 
 def logits(directory: Path) -> np.ndarray:
-    """Loads the checkpoint that the tracker file names and computes."""
+    """Loads the checkpoint that the tracker file names and returns its logits."""
     tracker = (directory / "latest_checkpointed_iteration.txt").read_text()
     checkpoint = str(directory / (tracker if tracker == "release" else f"iter_{int(tracker):07d}"))
     args = dist_checkpointing.load_common_state_dict(checkpoint)["args"]
     model = build(args)
     wanted = {"model": model.sharded_state_dict(metadata={"dp_cp_group": parallel_state.get_data_parallel_group(True)})}
     loaded, unused, absent = dist_checkpointing.load(wanted, checkpoint, strict="return_all")
-    unused = {key for key in unused if not key.endswith("_extra_state")}  # of Transformer Engine's other modules
+    unused = {key for key in unused if not key.endswith("_extra_state")}  # belong to Transformer Engine's modules
     if unused or absent:
-        raise SystemExit(f"{directory}: no use for {sorted(unused)}, and {sorted(absent)} are absent")
+        raise SystemExit(f"{directory}: unused keys {sorted(unused)}, missing keys {sorted(absent)}")
     model.load_state_dict(loaded["model"], strict=True)
     tokens_BxT = torch.from_numpy(np.load(directory / "input_ids.npy")).long()
     positions_BxT = torch.arange(tokens_BxT.shape[1])[None].expand_as(tokens_BxT)
@@ -93,12 +93,12 @@ def logits(directory: Path) -> np.ndarray:
 
 
 def main() -> None:
-    """One process, the only rank."""
+    """Computes the logits of each checkpoint in this process, the only rank."""
     with tempfile.NamedTemporaryFile() as rendezvous:
         torch.distributed.init_process_group("gloo", f"file://{rendezvous.name}", rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
         torch.cuda.current_device = lambda: "cpu"  # where Megatron-Core allocates its buffers
-        get_cuda_rng_tracker().fork = contextlib.nullcontext  # of dropout, which is 0
+        get_cuda_rng_tracker().fork = contextlib.nullcontext  # its dropout is 0
         for directory in map(Path, sys.argv[1:]):
             np.save(directory / "logits.npy", logits(directory))
         torch.distributed.destroy_process_group()

@@ -1,8 +1,8 @@
-"""Four Megatron-Core ranks, tensor and pipeline parallel 2, load torch_dist checkpoints; run by check_megatron.py.
+"""Loads torch_dist checkpoints on four Megatron-Core ranks, tensor and pipeline parallel 2; check_megatron.py runs it.
 
 python scripts/tools/megatron_ranks.py DIR RANKS [DIR RANKS ...]   # RANKS holds mp_rank_TT_PPP/ of the same model
 
-Exits with an error unless each rank gets the very tensors that its file in RANKS has.
+Exits with an error unless each rank gets exactly the tensors that its file in RANKS has.
 """
 
 import sys
@@ -17,10 +17,10 @@ SIZES = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 
 
 def compare(rank: int, rendezvous: str, pairs: list[tuple[Path, Path]]) -> None:
-    """One rank's part."""
+    """Loads and compares the tensors of one rank."""
     torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=4)
     parallel_state.initialize_model_parallel(**SIZES)
-    torch.Tensor.cuda = lambda self: self  # to which it moves the tied embedding of the last stage
+    torch.Tensor.cuda = lambda self: self  # Megatron moves the last stage's tied embedding there
     tensor, stage = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
     for directory, ranks in pairs:
         checkpoint = str(directory / "release")
@@ -32,7 +32,7 @@ def compare(rank: int, rendezvous: str, pairs: list[tuple[Path, Path]]) -> None:
         loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=groups)}, checkpoint)
         model.load_state_dict(loaded["model"], strict=True)
         file = ranks / f"mp_rank_{tensor:02d}_{stage:03d}" / "model_optim_rng.pt"
-        theirs = torch.load(file, weights_only=False)["model"]  # pickled by Megatron, of classes of its own
+        theirs = torch.load(file, weights_only=False)["model"]  # Megatron's pickles name its own classes
         ours = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
         theirs = {name: value for name, value in theirs.items() if torch.is_tensor(value)}
         assert ours.keys() == theirs.keys(), (file, ours.keys() ^ theirs.keys())

@@ -157,12 +157,12 @@ def test_two_exports_are_byte_equal(tmp_path: Path) -> None:
     [
         (
             {"qk_norm": True, "norm": "layernorm"},
-            r"model.qk_norm with model.norm = 'layernorm': .* the same norm as its layers",
+            r"model.qk_norm with model.norm = 'layernorm': .* get its layers' norm",
         ),
         ({"qk_norm": True, "norm": "layernorm_1p"}, r"model.qk_norm with model.norm = 'layernorm_1p'"),
         (
             {"activation": "gelu_tanh"},
-            r"model.activation = 'gelu_tanh' without model.bias: .* only in the kernel that also adds a bias",
+            r"model.activation = 'gelu_tanh' without model.bias: .* only where it adds a bias",
         ),
         ({"rope_llama3": (8.0, 1.0, 2.0, 8192.0)}, r"model.rope_llama3 = \(8.*fixes all but the factor, to 1, 4, 8192"),
         ({"rope_theta": 10000.5}, r"model.rope_theta = 10000.5: .*must be a whole number"),

@@ -5,16 +5,17 @@ second table says what each family can do.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from kdjax.config import ModelConfig
 from kdjax.convert.architecture import KEYS, Stated, resolve
-from kdjax.convert.huggingface.families import ACTIVATIONS, FAMILIES, Family, Settings
+from kdjax.convert.huggingface.families import ACTIVATIONS, FAMILIES, Family
 from kdjax.types import UserError
 
 
 def read_architecture(
-    settings: Settings, family: Family, source: str, *, full_attention: bool = False
+    settings: Mapping[str, Any], family: Family, source: str, *, full_attention: bool = False
 ) -> dict[str, Stated]:
     """Returns what config.json states of the architecture, by kdjax's keys.
 
@@ -47,7 +48,7 @@ def read_architecture(
     return found
 
 
-def _read_gpt2(given: Settings, source: str) -> dict[str, Stated]:
+def _read_gpt2(given: Mapping[str, Any], source: str) -> dict[str, Stated]:
     """Returns what GPT-2 states in its own way: the activation and the MLP's width."""
     known = {theirs: ours for ours, names in ACTIVATIONS.items() for theirs in names}
     activation = given["activation_function"]
@@ -59,7 +60,7 @@ def _read_gpt2(given: Settings, source: str) -> dict[str, Stated]:
     return found
 
 
-def _refuse_sliding_window(given: Settings, source: str) -> None:
+def _refuse_sliding_window(given: Mapping[str, Any], source: str) -> None:
     window, first = given["sliding_window"], given.get("max_window_layers", 0)  # the first layer with a window
     slides = given.get("use_sliding_window", True) and window is not None and window < given["max_position_embeddings"]
     if given.get("layer_types") is not None:
@@ -73,7 +74,7 @@ def _refuse_sliding_window(given: Settings, source: str) -> None:
         )
 
 
-def _read_rope(given: Settings, source: str) -> dict[str, Stated]:
+def _read_rope(given: Mapping[str, Any], source: str) -> dict[str, Stated]:
     """Returns what `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4) state."""
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
     theta = rope.get("rope_theta", given.get("rope_theta", 10000.0))
@@ -95,7 +96,7 @@ def _read_rope(given: Settings, source: str) -> dict[str, Stated]:
     return found
 
 
-def _scaling(rope: Settings, name: str, source: str) -> float:
+def _scaling(rope: Mapping[str, Any], name: str, source: str) -> float:
     if name not in rope:
         raise UserError(f"{source}: {name} is missing in the scaling of the rotary frequencies, {dict(rope)}")
     return rope[name]

@@ -6,8 +6,6 @@ from typing import Any
 
 from kdjax.types import UserError
 
-Settings = Mapping[str, Any]  # the content of a config.json
-
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -22,38 +20,32 @@ class Family:
 
 
 LLAMA_KEYS = {
-    "vocab_size": "vocab_size",
-    "layers": "num_hidden_layers",
-    "d_model": "hidden_size",
-    "n_heads": "num_attention_heads",
-    "n_groups": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "d_ff": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings",
-}
+    "vocab_size": "vocab_size", "layers": "num_hidden_layers", "d_model": "hidden_size",
+    "n_heads": "num_attention_heads", "n_groups": "num_key_value_heads", "head_dim": "head_dim",
+    "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings",
+}  # fmt: skip
 LLAMA_DEFAULTS = {
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
+    "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
     "hidden_act": "silu",
-}
+}  # fmt: skip
 LLAMA_CONSTANTS = {
-    "position": "rope",
-    "norm": "rmsnorm",
-    "activation": "swiglu",
-    "bias": False,
-    "qkv_bias": False,
-    "qk_norm": False,
-}
+    "position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "qkv_bias": False, "qk_norm": False,
+}  # fmt: skip
 GATED = {"hidden_act": "silu"}
 QWEN_WINDOW = {
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-    "max_position_embeddings": 32768,
-}
+    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768,
+}  # fmt: skip
+
+GPT2_KEYS = {
+    "vocab_size": "vocab_size", "max_positions": "n_positions", "layers": "n_layer", "d_model": "n_embd",
+    "n_heads": "n_head", "d_ff": "n_inner", "norm_eps": "layer_norm_epsilon", "activation": "activation_function",
+    "tied": "tie_word_embeddings",
+}  # fmt: skip
+GPT2_CONSTANTS = {"position": "learned", "norm": "layernorm", "bias": True, "qkv_bias": False, "qk_norm": False}
+GPT2_REQUIRED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+GPT2_DEFAULTS = GPT2_REQUIRED | {
+    "n_inner": None, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "tie_word_embeddings": True,
+}  # fmt: skip
 
 FAMILIES = {
     family.model_type: family
@@ -90,39 +82,14 @@ FAMILIES = {
             LLAMA_CONSTANTS,
             GATED,
         ),
-        Family(
-            "gpt2",
-            "GPT2LMHeadModel",
-            {
-                "vocab_size": "vocab_size",
-                "max_positions": "n_positions",
-                "layers": "n_layer",
-                "d_model": "n_embd",
-                "n_heads": "n_head",
-                "d_ff": "n_inner",
-                "norm_eps": "layer_norm_epsilon",
-                "activation": "activation_function",
-                "tied": "tie_word_embeddings",
-            },
-            {
-                "n_inner": None,
-                "layer_norm_epsilon": 1e-5,
-                "activation_function": "gelu_new",
-                "tie_word_embeddings": True,
-                "scale_attn_weights": True,
-                "scale_attn_by_inverse_layer_idx": False,
-                "add_cross_attention": False,
-            },
-            {"position": "learned", "norm": "layernorm", "bias": True, "qkv_bias": False, "qk_norm": False},
-            {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-        ),
+        Family("gpt2", "GPT2LMHeadModel", GPT2_KEYS, GPT2_DEFAULTS, GPT2_CONSTANTS, GPT2_REQUIRED),
     )
 }
 # kdjax's activation -> transformers' names of it; the first is the one that is written.
 ACTIVATIONS = {"gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu": ("gelu",)}
 
 
-def family_of(settings: Settings, source: str) -> Family:
+def family_of(settings: Mapping[str, Any], source: str) -> Family:
     """Returns the family of a config.json. Raises UserError, naming the file `source`, if kdjax does not know it."""
     family = FAMILIES.get(settings.get("model_type", ""))
     classes = settings.get("architectures") or ([family.architecture] if family else [])

@@ -7,18 +7,7 @@ import numpy as np
 
 from kdjax.config import ModelConfig
 from kdjax.convert.huggingface.families import Family
-from kdjax.convert.rules import (
-    Arrays,
-    Rule,
-    copy,
-    join_head_bias,
-    join_heads,
-    join_output_heads,
-    linear,
-    split_head_bias,
-    split_heads,
-    split_output_heads,
-)
+from kdjax.convert.rules import Arrays, Rule, copy, head_bias, head_projection, linear, output_projection
 
 UNEMBEDDING = "lm_head.weight"
 # Kind of tensor -> regular expression of names: what some versions stored and all of them recompute.
@@ -48,20 +37,14 @@ def _llama(config: ModelConfig) -> list[Rule]:
     table = [
         copy("model.embed_tokens.weight", "embed"),
         copy(f"{theirs}input_layernorm.weight", f"{ours}attn_norm/scale"),
-        *(
-            Rule((f"{theirs}self_attn.{x}_proj.weight",), (f"{ours}attn/{x}/kernel",), split_heads, join_heads)
-            for x in "qkv"
-        ),
-        Rule((f"{theirs}self_attn.o_proj.weight",), (f"{ours}attn/o/kernel",), split_output_heads, join_output_heads),
+        *(head_projection(f"{theirs}self_attn.{x}_proj.weight", f"{ours}attn/{x}/kernel") for x in "qkv"),
+        output_projection(f"{theirs}self_attn.o_proj.weight", f"{ours}attn/o/kernel"),
         copy(f"{theirs}post_attention_layernorm.weight", f"{ours}mlp_norm/scale"),
         *(linear(f"{theirs}mlp.{x}_proj.weight", f"{ours}mlp/{x}/kernel") for x in ("gate", "up", "down")),
         copy("model.norm.weight", "final_norm/scale"),
     ]
     if config.bias or config.qkv_bias:
-        table += [
-            Rule((f"{theirs}self_attn.{x}_proj.bias",), (f"{ours}attn/{x}/bias",), split_head_bias, join_head_bias)
-            for x in "qkv"
-        ]
+        table += [head_bias(f"{theirs}self_attn.{x}_proj.bias", f"{ours}attn/{x}/bias") for x in "qkv"]
     if config.bias:
         table += [copy(f"{theirs}self_attn.o_proj.bias", f"{ours}attn/o/bias")]
         table += [copy(f"{theirs}mlp.{x}_proj.bias", f"{ours}mlp/{x}/bias") for x in ("gate", "up", "down")]

@@ -4,7 +4,7 @@ Each function returns the values that are stated, by kdjax's keys, and raises Us
 does not have. A value that is not stated gets kdjax's default, and the printed table says so.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kdjax.convert.architecture import Stated
@@ -14,45 +14,40 @@ from kdjax.types import UserError
 # megatron/core/models/common/embeddings/rotary_pos_embedding.py.
 LLAMA3_SCALING = (1.0, 4.0, 8192.0)
 
-Feature = tuple[str, Callable[[Any], bool], str]  # setting, whether a value of it uses the feature, description
-
-
-def _set(value: Any) -> bool:
-    return value not in (None, False, 0, 0.0, [], "", "none")
-
-
-# Features that kdjax's model does not have, under the names of any of the three configurations.
-UNSUPPORTED: tuple[Feature, ...] = (
-    ("num_experts", _set, "mixtures of experts"),
-    ("num_moe_experts", _set, "mixtures of experts"),
-    ("multi_latent_attention", _set, "multi-latent attention"),
-    ("mtp_num_layers", _set, "multi-token prediction"),
-    ("rotary_interleaved", _set, "interleaved rotary positions"),
-    ("no_rope_freq", _set, "layers without rotary positions"),
-    ("mrope_section", _set, "multimodal rotary positions"),
-    ("apply_residual_connection_post_layernorm", _set, "post-norm residual connections"),
-    ("attention_output_gate", _set, "gated attention outputs"),
-    ("qk_l2_norm", _set, "L2-normed queries and keys"),
-    ("softmax_type", lambda value: value not in (None, "vanilla"), "attention sinks"),
-    ("window_size", _set, "sliding-window attention"),
-    ("linear_attention_freq", _set, "linear attention"),
-    ("experimental_attention_variant", _set, "experimental attention variants"),
-    ("is_hybrid_model", _set, "hybrid (Mamba) layers"),
-    ("hybrid_override_pattern", _set, "hybrid (Mamba) layers"),
-    ("heterogeneous_layers_config_path", _set, "layers of different shapes"),
-    ("heterogeneous_layers_config_encoded_json", _set, "layers of different shapes"),
-    ("glu_linear_offset", _set, "offset gated units"),
-    ("activation_func_clamp_value", _set, "clamped activations"),
-    ("quick_geglu", _set, "quick GEGLU"),
-    ("transformer_block_type", lambda value: value not in (None, "pre_ln"), "layers that are not pre-norm"),
-    ("softmax_scale", _set, "attention scale other than 1 / sqrt(head width)"),
-    ("attn_logit_softcapping", _set, "soft-capped attention"),
-    ("final_logit_softcapping", _set, "soft-capped logits"),
-    ("mcore_customization_config", _set, "layers of another model family"),
-    ("apply_embedding_scaling", _set, "scaled embeddings"),
-    ("headscale", _set, "scaled heads"),
-    ("attention_type", lambda value: value not in (None, "multihead"), "attention other than multi-head"),
-)
+# Settings of features that kdjax's model does not have, from any of the three configurations.
+UNSUPPORTED = {
+    "num_experts": "mixtures of experts",
+    "num_moe_experts": "mixtures of experts",
+    "multi_latent_attention": "multi-latent attention",
+    "mtp_num_layers": "multi-token prediction",
+    "rotary_interleaved": "interleaved rotary positions",
+    "no_rope_freq": "layers without rotary positions",
+    "mrope_section": "multimodal rotary positions",
+    "apply_residual_connection_post_layernorm": "post-norm residual connections",
+    "attention_output_gate": "gated attention outputs",
+    "qk_l2_norm": "L2-normed queries and keys",
+    "softmax_type": "attention sinks",
+    "window_size": "sliding-window attention",
+    "linear_attention_freq": "linear attention",
+    "experimental_attention_variant": "experimental attention variants",
+    "is_hybrid_model": "hybrid (Mamba) layers",
+    "hybrid_override_pattern": "hybrid (Mamba) layers",
+    "heterogeneous_layers_config_path": "layers of different shapes",
+    "heterogeneous_layers_config_encoded_json": "layers of different shapes",
+    "glu_linear_offset": "offset gated units",
+    "activation_func_clamp_value": "clamped activations",
+    "quick_geglu": "quick GEGLU",
+    "transformer_block_type": "layers that are not pre-norm",
+    "softmax_scale": "attention scale other than 1 / sqrt(head width)",
+    "attn_logit_softcapping": "soft-capped attention",
+    "final_logit_softcapping": "soft-capped logits",
+    "mcore_customization_config": "layers of another model family",
+    "apply_embedding_scaling": "scaled embeddings",
+    "headscale": "scaled heads",
+    "attention_type": "attention other than multi-head",
+}
+SUPPORTED_VALUES = {"softmax_type": "vanilla", "transformer_block_type": "pre_ln", "attention_type": "multihead"}
+UNUSED: tuple[Any, ...] = (None, False, 0, 0.0, [], "", "none")  # values of the other settings
 
 
 class Settings:
@@ -84,8 +79,9 @@ class Settings:
 
     def refuse_unsupported(self) -> None:
         """Raises UserError for a feature in `UNSUPPORTED`."""
-        for name, used, feature in UNSUPPORTED:
-            if used(self.values.get(name)):
+        for name, feature in UNSUPPORTED.items():
+            accepted = (None, SUPPORTED_VALUES[name]) if name in SUPPORTED_VALUES else UNUSED
+            if self.values.get(name) not in accepted:
                 raise self.unsupported(name, feature)
 
 
@@ -95,12 +91,8 @@ def from_args(args: Mapping[str, Any], source: str) -> dict[str, Stated]:
     settings.refuse_unsupported()
     _sizes(settings)
     grouped = settings.get("group_query_attention", default=False)  # num_query_groups is 1 where this is off
-    settings.state(
-        "n_groups",
-        settings.get("num_query_groups" if grouped else "num_attention_heads"),
-        "group_query_attention",
-        *(["num_query_groups"] if grouped else []),
-    )
+    groups = settings.get("num_query_groups" if grouped else "num_attention_heads")
+    settings.state("n_groups", groups, "group_query_attention", *(["num_query_groups"] if grouped else []))
     rotary = settings.get("use_rotary_position_embeddings", default=False)
     _position(settings, "rope" if rotary else settings.get("position_embedding_type", default="learned_absolute"))
     if settings.get("use_rope_scaling"):
@@ -110,12 +102,10 @@ def from_args(args: Mapping[str, Any], source: str) -> dict[str, Stated]:
     _norm(settings, settings.get("normalization", default="LayerNorm"), centred)
     bias = bool(settings.get("add_bias_linear", default=True))
     _biases(settings, "add_bias_linear", bias, "add_qkv_bias")
-    if settings.get("swiglu"):
-        settings.state("activation", "swiglu", "swiglu")
-    elif settings.get("squared_relu"):
-        settings.state("activation", "squared_relu", "squared_relu")
-    elif settings.get("openai_gelu"):
-        settings.state("activation", "gelu_tanh", "openai_gelu")
+    flags = {"swiglu": "swiglu", "squared_relu": "squared_relu", "openai_gelu": "gelu_tanh"}
+    flag = next((flag for flag in flags if settings.get(flag)), None)
+    if flag is not None:
+        settings.state("activation", flags[flag], flag)
     else:  # the fused kernel is the tanh approximation, and takes a bias (megatron/core/fusions/fused_bias_gelu.py)
         fused = bias and settings.get("bias_gelu_fusion", default=False)
         settings.state("activation", "gelu_tanh" if fused else "gelu", "bias_gelu_fusion", "add_bias_linear")
@@ -154,11 +144,8 @@ def from_nemo(yaml: Mapping[str, Any], source: str) -> dict[str, Stated]:
         settings.state("activation", names[activation], "activation", "bias_activation_fusion")
     else:
         raise settings.unsupported("activation", f"such activation; it has {', '.join(names)}")
-    settings.state(
-        "tied",
-        bool(settings.get("share_embeddings_and_output_weights", default=True)),
-        "share_embeddings_and_output_weights",
-    )
+    shared = "share_embeddings_and_output_weights"
+    settings.state("tied", bool(settings.get(shared, default=True)), shared)
     settings.copy("vocab_size", "override_vocab_size")
     return settings.stated
 
@@ -222,17 +209,9 @@ def _position(settings: Settings, kind: str) -> None:
 
 def _llama3(settings: Settings, *names: str) -> None:
     factor = settings.get(*(name for name in names if "factor" in name), default=8.0)
-    low, high, original = LLAMA3_SCALING
-    settings.state(
-        "rope_llama3",
-        (
-            float(factor),
-            float(settings.get("low_freq_factor", default=low)),
-            float(settings.get("high_freq_factor", default=high)),
-            float(settings.get("old_context_len", default=original)),
-        ),
-        *names,
-    )
+    constants = zip(("low_freq_factor", "high_freq_factor", "old_context_len"), LLAMA3_SCALING, strict=True)
+    values = (factor, *(settings.get(name, default=default) for name, default in constants))
+    settings.state("rope_llama3", tuple(map(float, values)), *names)
 
 
 def _norm(settings: Settings, kind: str, centred: Iterable[str]) -> None:

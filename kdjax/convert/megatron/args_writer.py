@@ -74,22 +74,13 @@ def to_args(config: ModelConfig, sequence_length: int | None = None) -> dict[str
 def _refuse_inexpressible(config: ModelConfig) -> None:
     fixed = ", ".join(f"{value:g}" for value in LLAMA3_SCALING)
     fractions = [key for key in ("rope_theta", "rope_linear_factor") if getattr(config, key) % 1]
+    mixed_norms = config.qk_norm and config.norm != "rmsnorm"
+    approximate = config.activation == "gelu_tanh" and not config.bias
+    scaled = config.rope_llama3 is not None and config.rope_llama3[1:] != LLAMA3_SCALING
     for inexpressible, setting, reason in (
-        (
-            config.qk_norm and config.norm != "rmsnorm",
-            f"qk_norm with model.norm = {config.norm!r}",
-            "its queries and keys get the same norm as its layers",
-        ),
-        (
-            config.activation == "gelu_tanh" and not config.bias,
-            "activation = 'gelu_tanh' without model.bias",
-            "it approximates GELU only in the kernel that also adds a bias",
-        ),
-        (
-            config.rope_llama3 is not None and config.rope_llama3[1:] != LLAMA3_SCALING,
-            f"rope_llama3 = {config.rope_llama3}",
-            f"it fixes all but the factor, to {fixed}",
-        ),
+        (mixed_norms, f"qk_norm with model.norm = {config.norm!r}", "its queries and keys get its layers' norm"),
+        (approximate, "activation = 'gelu_tanh' without model.bias", "it approximates GELU only where it adds a bias"),
+        (scaled, f"rope_llama3 = {config.rope_llama3}", f"it fixes all but the factor, to {fixed}"),
         *(
             (config.position == "rope", f"{key} = {getattr(config, key)}", "it must be a whole number")
             for key in fractions

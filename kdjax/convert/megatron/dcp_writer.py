@@ -43,7 +43,7 @@ def write_checkpoint(
     `objects` are other things that Megatron loads by name; `common` is the content of common.pt.
     """
     entries: dict[str, Instance] = {}
-    storage_data: dict[Instance, Instance] = {}
+    stored: dict[Instance, Instance] = {}
     with (directory / SHARDS).open("wb") as file:
 
         def append(name: str, offsets: tuple[int, ...] | None, content: Any) -> None:
@@ -51,7 +51,7 @@ def write_checkpoint(
             storage["length"] = torch_file.save(file, content)
             index = {"fqn": name, "offset": None if offsets is None else _size(offsets), "index": None}
             kind = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-            storage_data[_metadata("MetadataIndex", index)] = Instance(kind, storage)
+            stored[_metadata("MetadataIndex", index)] = Instance(kind, storage)
 
         for shard in shards:
             if shard.name not in entries:
@@ -63,12 +63,7 @@ def write_checkpoint(
         for name, content in objects.items():
             entries[name] = _metadata("BytesStorageMetadata", {})
             append(name, None, content)
-    metadata = {
-        "state_dict_metadata": entries,
-        "planner_data": None,
-        "storage_data": storage_data,
-        "storage_meta": None,
-    }
+    metadata = {"state_dict_metadata": entries, "planner_data": None, "storage_data": stored, "storage_meta": None}
     (directory / ".metadata").write_bytes(dumps(_metadata("Metadata", metadata)))
     (directory / "metadata.json").write_text(json.dumps(BACKEND))
     with (directory / "common.pt").open("wb") as file:

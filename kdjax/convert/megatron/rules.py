@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from kdjax.config import ModelConfig
-from kdjax.convert.rules import Arrays, Rule, copy, join_output_heads, linear, split_output_heads
+from kdjax.convert.rules import Arrays, Rule, copy, linear, output_projection
 
 EMBEDDING, UNEMBEDDING = "embedding.word_embeddings.weight", "output_layer.weight"
 LAYER = "decoder.layers.{i}."
@@ -51,7 +51,7 @@ def _attention(config: ModelConfig) -> list[Rule]:
 
     table = [
         Rule((f"{source}linear_qkv.weight",), qkv("kernel"), split_qkv, join_qkv),
-        Rule((f"{source}linear_proj.weight",), (f"{target}o/kernel",), split_output_heads, join_output_heads),
+        output_projection(f"{source}linear_proj.weight", f"{target}o/kernel"),
     ]
     if config.bias or config.qkv_bias:
         table.append(Rule((f"{source}linear_qkv.bias",), qkv("bias"), split_qkv_bias, join_qkv_bias))

@@ -16,46 +16,23 @@ import numpy as np
 
 from kdjax.types import UserError
 
-DTYPES: dict[str, Any] = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-    "int64": np.int64,
-    "int32": np.int32,
-    "int16": np.int16,
-    "int8": np.int8,
-    "uint8": np.uint8,
-    "bool": np.bool_,
-}
+DTYPES = {
+    name: np.dtype(getattr(ml_dtypes, name, name))
+    for name in (
+        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
+        "int64", "int32", "int16", "int8", "uint8", "bool",
+    )
+}  # fmt: skip
 STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "UntypedStorage": "uint8",
-}
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool", "UntypedStorage": "uint8",
+}  # fmt: skip
 # Packages whose objects become inert records: a training run's bookkeeping.
-INERT_PACKAGES = (
-    "megatron",
-    "transformer_engine",
-    "apex",
-    "nemo",
-    "lightning",
-    "pytorch_lightning",
-    "omegaconf",
-    "signal",
-    "pathlib",
-    "numpy",
-)
+INERT_PACKAGES = {
+    "megatron", "transformer_engine", "apex", "nemo", "lightning", "pytorch_lightning", "omegaconf",
+    "signal", "pathlib", "numpy",
+}  # fmt: skip
 INERT_NAMES = {
     *(f"torch.distributed.checkpoint.metadata.{name}" for name in (
         "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
@@ -64,16 +41,9 @@ INERT_NAMES = {
     *(f"torch.distributed.checkpoint.planner.{name}" for name in (
         "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData",
     )),
-    "torch.distributed.checkpoint.filesystem._StorageInfo",
-    "torch.serialization._get_layout",
-    "argparse.Namespace",
-    "types.SimpleNamespace",
-    "torch.device",
-    "torch.Tensor",
-    "torch.nn.parameter.Parameter",
-    "io.BytesIO",
-    "_io.BytesIO",
-    "datetime.timedelta",
+    "torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout", "torch.device",
+    "torch.Tensor", "torch.nn.parameter.Parameter", "argparse.Namespace", "types.SimpleNamespace", "io.BytesIO",
+    "_io.BytesIO", "datetime.timedelta",
 }  # fmt: skip
 
 REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
@@ -125,7 +95,7 @@ def numpy_dtype(name: str, label: str) -> np.dtype:
     """Returns the NumPy dtype of a torch dtype's name. Raises UserError, naming the file `label`, if there is none."""
     if name not in DTYPES:
         raise UserError(f"{label}: tensors of dtype {name} cannot be read; known are {', '.join(DTYPES)}")
-    return np.dtype(DTYPES[name])
+    return DTYPES[name]
 
 
 def _size(values: Any = ()) -> tuple[int, ...]:

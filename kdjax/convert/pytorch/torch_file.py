@@ -10,7 +10,7 @@ import numpy as np
 from kdjax.convert.checkpoint_files import ByteRange
 from kdjax.convert.pytorch.pickle_reader import STORAGES, numpy_dtype, unpickle
 from kdjax.convert.pytorch.pickle_writer import Construct, Global, Persistent, dumps
-from kdjax.convert.tensors import LazyTensor, tensor_in_file
+from kdjax.convert.tensors import LazyTensor, span, tensor_in_file
 from kdjax.types import UserError
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip entry: APPNOTE.TXT 4.3.7
@@ -64,8 +64,7 @@ def _view(
     numbers = (first, *shape, *strides)
     if len(shape) != len(strides) or any(type(number) is not int or number < 0 for number in numbers):
         raise UserError(f"{view}: these must be whole numbers from 0, one stride for each axis; do not trust this file")
-    items = 0 if 0 in shape else 1 + sum((length - 1) * step for length, step in zip(shape, strides, strict=True))
-    if (first + items) * dtype.itemsize > storage.size:
+    if (first + span(shape, strides)) * dtype.itemsize > storage.size:
         raise UserError(f"{view} reaches beyond its {storage.size} bytes; copy the file again")
     start = storage.offset + first * dtype.itemsize
     return tensor_in_file(storage.path, start, shape, dtype, strides=strides, label=storage.label)
