@@ -1,13 +1,14 @@
 """The student: a decoder-only GPT whose options cover Megatron's GPT, Llama, Qwen and GPT-2.
 
 The layers are stacked: each of their parameters is one array with a leading axis L, and the forward pass scans
-over it. So compile time does not grow with depth, and a pipeline can cut the stack where it likes.
+over it. Compile time therefore does not grow with depth, and a pipeline can cut the stack anywhere.
 Training holds the parameters as a plain nested dict (`init_params`) and binds them to the module (`bind`) inside
 the jitted step.
 
-Split over several devices (Megatron's tensor parallelism, arXiv:1909.08053), each binds its part of the heads, of the
-MLP's width and of the vocabulary (`param_axes`, `shard_config`). Between the parts stand two sums, `to_shards` backward
-and `sum_of_shards` forward; the residual stream is whole everywhere. A stage of a pipeline binds some of the layers.
+With tensor parallelism (Megatron's, arXiv:1909.08053) each device binds its part of the heads, of the MLP's width and
+of the vocabulary (`param_axes`, `shard_config`). Two sums connect the parts, `sum_over_tensor` in the forward pass and
+`copy_to_tensor` in the backward pass; every device holds the whole residual stream. A pipeline stage binds some of the
+layers.
 """
 
 import dataclasses
@@ -23,7 +24,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kdjax.config import ModelConfig
-from kdjax.parallel import mesh as meshes
+from kdjax.parallel import collectives
+from kdjax.parallel.axes import LAYERS, VOCABULARY, WIDTH
 from kdjax.parallel.mesh import Shards
 
 log = logging.getLogger("kdjax")
@@ -42,9 +44,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Norm(nnx.Module):
     """LayerNorm, LayerNorm with zero-centred scale ("1p", Megatron) or RMSNorm, in float32 over the last axis."""
 
-    def __init__(self, shape: tuple[int, ...], kind: str, eps: float, dtype: jnp.dtype, of_shards: bool = False):
+    def __init__(self, shape: tuple[int, ...], kind: str, eps: float, dtype: jnp.dtype, per_shard: bool = False):
         self.kind, self.eps = kind, eps
-        self.of_shards = of_shards  # whether each shard norms other vectors with the one scale
+        self.per_shard = per_shard  # whether tensor shards apply the one scale to different vectors
         first = jnp.zeros if kind == "layernorm_1p" else jnp.ones
         self.scale = nnx.Param(first(shape, dtype))
         self.bias = None if kind == "rmsnorm" else nnx.Param(jnp.zeros(shape, dtype))
@@ -55,7 +57,7 @@ class Norm(nnx.Module):
             x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         scale = self.scale[...].astype(jnp.float32)
-        scale = meshes.to_shards(scale) if self.of_shards else scale
+        scale = collectives.copy_to_tensor(scale) if self.per_shard else scale
         x32 = x32 * (1 + scale if self.kind == "layernorm_1p" else scale)
         if self.bias is not None:
             x32 = x32 + self.bias[...].astype(jnp.float32)
@@ -80,7 +82,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = jnp.einsum(self.einsum, x, self.kernel[...].astype(self.dtype))
-        y = meshes.sum_of_shards(y) if self.sum_shards else y
+        y = collectives.sum_over_tensor(y) if self.sum_shards else y
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -141,7 +143,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """up, activation, down; SwiGLU multiplies by a second, gating map."""
+    """Up-projection, activation, down-projection; SwiGLU multiplies by a second up-projection, the gate."""
 
     def __init__(self, config: ModelConfig, init: Init):
         D, F = config.d_model, config.d_ff
@@ -170,7 +172,7 @@ class Layer(nnx.Module):
         self.attn = Attention(config, init)
         self.mlp_norm = Norm(shape, config.norm, config.norm_eps, init.param_dtype)
         self.mlp = MLP(config, init)
-        self.enter = meshes.to_shards if init.split else lambda x: x
+        self.enter = collectives.copy_to_tensor if init.split else lambda x: x
 
     def __call__(self, x_BxTxD: Array, positions_BxT: Array, segment_ids_BxT: Array | None) -> Array:
         x_BxTxD = x_BxTxD + self.attn(self.enter(self.attn_norm(x_BxTxD)), positions_BxT, segment_ids_BxT)
@@ -178,9 +180,9 @@ class Layer(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """Tokens to logits. `hidden` stops before the unembedding, which the fused loss applies itself.
+    """A GPT from tokens to logits. `hidden` stops before the unembedding, which the fused loss applies itself.
 
-    Of `shards` this is one part, of a `shard_config`, and cannot make logits.
+    With `shards`, the module is one device's part and `config` a `shard_config`; it cannot compute logits.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, shards: Shards = WHOLE):
@@ -202,7 +204,7 @@ class GPT(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits in float32 over the true (unpadded) vocabulary. Positions default to 0 .. T-1."""
+        """Returns float32 logits over the true (unpadded) vocabulary. Positions default to 0 .. T-1."""
         x_BxTxD = self.hidden(tokens, positions, segment_ids)
         unembed_VxD = self.unembedding()[: self.config.vocab_size].astype(x_BxTxD.dtype)
         return jnp.einsum("BTD,VD->BTV", x_BxTxD, unembed_VxD, preferred_element_type=jnp.float32)
@@ -213,24 +215,24 @@ class GPT(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The residual stream after the last norm, in `config.dtype`."""
+        """Returns the residual stream after the last norm, in `config.dtype`."""
         return self.final_norm(self.through(self.enter(tokens, positions), positions, segment_ids))
 
     def enter(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
-        """The residual stream before the first layer, in `config.dtype`."""
+        """Returns the residual stream before the first layer, in `config.dtype`."""
         embed_VxD = self.embed[...]
         if self.splits_vocabulary:
-            rows = tokens - meshes.vocabulary_index() * embed_VxD.shape[0]
+            rows = tokens - collectives.vocabulary_index() * embed_VxD.shape[0]
             here = (rows >= 0) & (rows < embed_VxD.shape[0])
             x_BxTxD = jnp.where(here[..., None], embed_VxD[jnp.where(here, rows, 0)], 0)
-            # All summands but one are zero, so rounding first changes nothing but what has to be sent.
-            x_BxTxD = meshes.sum_of_vocabulary(
+            # All summands but one are zero, so rounding first changes only the number of bytes sent.
+            x_BxTxD = collectives.sum_over_vocabulary(
                 x_BxTxD if self.positions is not None else x_BxTxD.astype(self.config.dtype)
             )
         else:
             x_BxTxD = embed_VxD[tokens]
         if self.positions is not None:
-            x_BxTxD = x_BxTxD + self.positions[...][_counted(positions, tokens.shape)]
+            x_BxTxD = x_BxTxD + self.positions[...][_default_positions(positions, tokens.shape)]
         return x_BxTxD.astype(self.config.dtype)
 
     def through(
@@ -239,8 +241,8 @@ class GPT(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The residual stream after the layers: all of them, or those that were bound."""
-        positions = _counted(positions, x_BxTxD.shape[:2])
+        """Returns the residual stream after the layers that are bound."""
+        positions = _default_positions(positions, x_BxTxD.shape[:2])
         graph, stacked = nnx.split(self.layers)
 
         def one_layer(x_BxTxD: Array, params: Any) -> tuple[Array, None]:
@@ -249,22 +251,22 @@ class GPT(nnx.Module):
         return jax.lax.scan(rematerialise(one_layer, self.config.remat), x_BxTxD, stacked)[0]
 
     def unembedding(self) -> Float[Array, "V D"]:
-        """The output matrix with its padded rows, in the parameters' dtype."""
+        """Returns the output matrix with its padded rows, in the dtype of the parameters."""
         return self.embed[...] if self.unembed is None else self.unembed[...]
 
 
-def _counted(positions: Array | None, shape: tuple[int, ...]) -> Int[Array, "B T"]:
-    """The positions, by default 0 .. T-1 in each row."""
+def _default_positions(positions: Array | None, shape: tuple[int, ...]) -> Int[Array, "B T"]:
+    """Returns the positions, by default 0 .. T-1 in each row."""
     return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape) if positions is None else positions
 
 
 def output_std(config: ModelConfig) -> float:
-    """Initial deviation of the maps that write to the residual stream (GPT-2's and Megatron's scaled init)."""
+    """Returns the initial standard deviation of the maps that write to the residual stream (GPT-2's scaled init)."""
     return config.init_std / (2 * config.layers) ** 0.5 if config.scaled_init else config.init_std
 
 
 def rope(x_BxTxNxH: Array, positions_BxT: Array, config: ModelConfig) -> Array:
-    """Rotary positions, half-rotation, on the leading `rope_fraction` of each head (Megatron's and Hugging Face's)."""
+    """Rotates the leading `rope_fraction` of each head, half against half, as Megatron and Hugging Face do."""
     rotated = int(x_BxTxNxH.shape[-1] * config.rope_fraction)
     angle_BxTx1xR = positions_BxT[..., None, None].astype(jnp.float32) * rope_frequencies(config, rotated)
     cos, sin = jnp.cos(angle_BxTx1xR), jnp.sin(angle_BxTx1xR)
@@ -275,10 +277,10 @@ def rope(x_BxTxNxH: Array, positions_BxT: Array, config: ModelConfig) -> Array:
 
 
 def rope_frequencies(config: ModelConfig, rotated: int) -> Float[Array, "R"]:
-    """Radians a position for each of the `rotated` / 2 planes, scaled as Llama 3 does or linearly where asked for.
+    """Returns the radians per position of each of the `rotated` / 2 planes, scaled by Llama 3's rule or linearly.
 
-    Llama 3 (Hugging Face's `rope_type` "llama3"): waves that turn fewer than `low` times in the `original` positions
-    are slowed down by `factor`, those that turn more than `high` times are left, and in between it is interpolated.
+    Llama 3's rule (Hugging Face's `rope_type` "llama3"): frequencies that complete fewer than `low` turns in the
+    `original` positions are divided by `factor`, those above `high` turns are kept, and those between are interpolated.
     """
     frequency = config.rope_theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
     if config.rope_llama3 is not None:
@@ -290,7 +292,7 @@ def rope_frequencies(config: ModelConfig, rotated: int) -> Float[Array, "R"]:
 
 
 def rematerialise(layer: Any, policy: str) -> Any:
-    """The layer with its backward pass recomputing nothing, all but the matmuls' results, or everything."""
+    """Returns the layer with a backward pass that recomputes nothing, all but matmul results, or everything."""
     if policy == "none":
         return layer
     keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
@@ -299,7 +301,7 @@ def rematerialise(layer: Any, policy: str) -> Any:
 
 @functools.cache
 def attention_implementation(config: ModelConfig) -> str:
-    """The chosen kernel of `jax.nn.dot_product_attention`; cuDNN takes 16-bit heads of at most 128 on GPUs."""
+    """Returns the kernel of `jax.nn.dot_product_attention`. cuDNN takes 16-bit heads of width up to 128, on GPUs."""
     if config.attention is not None:
         return config.attention
     width = config.head_width
@@ -315,7 +317,7 @@ def _skeleton(config: ModelConfig, shards: Shards = WHOLE) -> tuple[Any, Any]:
 
 
 def param_shapes(config: ModelConfig) -> Params:
-    """The parameters' shapes and dtypes, as a nested dict."""
+    """Returns the shapes and dtypes of the parameters, as a nested dict."""
     return nnx.to_pure_dict(_skeleton(config)[1])
 
 
@@ -326,11 +328,11 @@ def named_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def init_params(config: ModelConfig, key: jax.Array | int) -> Params:
-    """Fresh parameters as a nested dict of arrays, from a key or seed; those below "layers" have a leading axis L."""
+    """Draws parameters from a key or seed, as a nested dict of arrays; those below "layers" have a leading axis L."""
     return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key)), nnx.Param))
 
 
-# The axis of each stacked parameter (L is axis 0) that counts heads or the MLP's width.
+# For each stacked parameter (L is axis 0), the axis that counts heads or the MLP's width.
 _WIDTH_AXES = {
     **{f"attn/{name}/kernel": 2 for name in "qkv"},
     **{f"attn/{name}/bias": 1 for name in "qkv"},
@@ -342,27 +344,27 @@ _WIDTH_AXES = {
 
 
 def param_axes(config: ModelConfig) -> dict[str, Any]:
-    """For each parameter a tuple of what its axes count, of those that meshes split; None for the others."""
+    """Returns for each parameter a tuple with what each axis counts, or None where a mesh never splits the axis."""
 
     def axes(path: Any, leaf: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
         group, _, name = param_name(path).partition("/")
         counts: dict[int, str] = {}
         if group in ("embed", "unembed"):
-            counts[0] = meshes.VOCABULARY
+            counts[0] = VOCABULARY
         elif group == "layers":
-            counts[0] = meshes.LAYERS
+            counts[0] = LAYERS
         if name in _WIDTH_AXES:
-            counts[_WIDTH_AXES[name]] = meshes.WIDTH
+            counts[_WIDTH_AXES[name]] = WIDTH
         return tuple(counts.get(i) for i in range(len(leaf.shape)))
 
     return jax.tree_util.tree_map_with_path(axes, param_shapes(config))
 
 
 def in_compute_dtype(config: ModelConfig, params: Params) -> Params:
-    """The parameters with those rounded to `config.dtype` that every use of them rounds first.
+    """Rounds to `config.dtype` the parameters that every use would round first.
 
-    So gathered and copied they take half the bytes and lead to the same numbers. Norms and the embedding stay: one is
-    computed in float32, into the other gradients are added up row by row.
+    Gathering and copying them then takes half the bytes and gives the same numbers. Norms and the embedding are kept:
+    norms are computed in float32, and the embedding's gradient is accumulated row by row.
     """
     rounded = re.compile(r"layers/(attn|mlp)/\w+/(kernel|bias)|unembed")
     return jax.tree_util.tree_map_with_path(
@@ -371,12 +373,12 @@ def in_compute_dtype(config: ModelConfig, params: Params) -> Params:
 
 
 def param_name(path: Any) -> str:
-    """A parameter's name from its path in the tree, such as "layers/attn/q/kernel"."""
+    """Returns a parameter's name, such as "layers/attn/q/kernel", from its path in the tree."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def shard_config(config: ModelConfig, shards: Shards) -> ModelConfig:
-    """The architecture of one of so many parts; `validate` has seen to it that they divide."""
+    """Returns the architecture of one device's part; `validate_split` has checked that the sizes divide."""
     return dataclasses.replace(
         config,
         n_heads=config.n_heads // shards.width,
@@ -388,9 +390,9 @@ def shard_config(config: ModelConfig, shards: Shards) -> ModelConfig:
 
 
 def bind(config: ModelConfig, params: Params, shards: Shards = WHOLE) -> GPT:
-    """The module over these parameters, or over some of them, to do what those can.
+    """Returns the module over these parameters. With only some of them, only what they suffice for works.
 
-    Of several `shards`, one device's part; inside `mesh.per_device`.
+    With `shards`, the parameters are one device's part. Only inside `per_device` then.
     """
     graph, shapes = _skeleton(shard_config(config, shards), shards)
     state = jax.tree.map(lambda x: x, shapes)

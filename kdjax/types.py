@@ -1,4 +1,4 @@
-"""What travels between the layers: batches, sums with their counts, and the user's mistakes.
+"""Batches, sums with their counts, and the error for a user's mistake: the types that every layer shares.
 
 The shape legend, used in names (`logits_BxTxV`) and in annotations (`Float[Array, "B T V"]`):
 
@@ -13,34 +13,36 @@ from typing import Any
 import jax
 from jaxtyping import Float, Int
 
+MIB, GIB = 2**20, 2**30  # bytes
+
 
 class UserError(ValueError):
-    """A mistake in what the user gave: the message says which value, why it cannot work, and what would."""
+    """A mistake in the user's input. The message names the value, says why it cannot work, and what would."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of tokens with the teacher's cached top-k beside them, NumPy on the host or JAX on the devices.
+    """Rows of tokens with the teacher's cached top-k, as NumPy arrays on the host or JAX arrays on devices.
 
-    Position t of every field but `tokens` speaks of the *next* token: `labels[t]` is what the teacher's
-    `topk_logits[t]` predict after reading `tokens[..t]`. There is no further shift anywhere.
+    At position t every field except `tokens` describes the *next* token: the teacher read `tokens[..t]`, its
+    `topk_logits[t]` predict `labels[t]`. Nothing is shifted again anywhere.
     """
 
     tokens: Int[Any, "B T"]
     labels: Int[Any, "B T"]
-    loss_mask: Float[Any, "B T"]  # weight of each position; 0 leaves it out
+    loss_mask: Float[Any, "B T"]  # weight of each position; 0 excludes it
     topk_logits: Float[Any, "B T K"]  # -inf where the teacher has fewer than K entries
     topk_token_ids: Int[Any, "B T K"]
     log_sum_exp_logits: Float[Any, "B T"] | None = None  # over the teacher's whole vocabulary
     positions: Int[Any, "B T"] | None = None  # None: 0 .. T-1
-    segment_ids: Int[Any, "B T"] | None = None  # None: one document a row
+    segment_ids: Int[Any, "B T"] | None = None  # None: each row is one document
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SumCount:
-    """A mean on its way: summed over positions, microbatches and devices, and divided once, at the end."""
+    """A mean before its division: sum and count are added up over positions, microbatches and devices first."""
 
     sum: Any
     count: Any
@@ -50,5 +52,5 @@ class SumCount:
 
     @property
     def mean(self) -> Any:
-        """sum / count, and 0 where nothing was counted."""
+        """sum / count; 0 where the count is 0."""
         return self.sum / (self.count + (self.count == 0))

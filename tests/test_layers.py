@@ -99,7 +99,7 @@ def test_axis_names_occur_in_the_mesh_only() -> None:
 
 def test_the_config_dict_ends_in_config() -> None:
     users = {module_name(path) for path in MODULES for _, name in imports(path) if name.startswith("ml_collections")}
-    assert users == {"kdjax.config.schema"}
+    assert users == {"kdjax.config.build"}
 
 
 def test_recipes_import_ml_collections_pathlib_and_each_other_only() -> None:

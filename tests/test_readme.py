@@ -12,7 +12,6 @@ import toy_problem as toy
 
 from kdjax import config as configs
 from kdjax.config import command_line
-from kdjax.config.validate import CHOICES
 from kdjax.train import run
 from kdjax.training import metrics
 
@@ -42,10 +41,10 @@ def test_commands_exist() -> None:
 
 
 def test_named_knobs_and_choices_exist() -> None:
-    for key in re.findall(r"`((?:" + "|".join(configs.GROUPS) + r")\.\w+)", README):
+    for key in re.findall(r"`((?:" + "|".join(vars(configs.Config())) + r")\.\w+)", README):
         assert key in configs.KNOBS, key
     for key, value in re.findall(r"`((?:\w+)\.(?:\w+)) = \"(\w+)\"`", README):
-        assert value in CHOICES[key], (key, value)
+        assert value in (configs.KNOBS[key].choices or ()), (key, value)
 
 
 def test_python_blocks_run() -> None:

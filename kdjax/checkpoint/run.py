@@ -15,8 +15,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from kdjax.checkpoint.model_directory import save_in_layers
 from kdjax.config import Config
-from kdjax.distributed import processes
-from kdjax.training.step import TrainState
+from kdjax.distributed import consensus
+from kdjax.training.state import TrainState
 from kdjax.types import UserError
 
 log = logging.getLogger("kdjax")
@@ -74,7 +74,7 @@ class RunCheckpoints:
                 found = self._manager.restore(step, args=items)
             except Exception as error:  # Orbax raises many kinds for a damaged step
                 path = self._directory / str(step)
-                if not processes.all_say(f"{path} cannot be read"):
+                if not consensus.all_agree(f"{path} cannot be read"):
                     raise UserError(f"{path} cannot be read here, though other processes can: {error}") from error
                 log.warning("CHECKPOINT %s CANNOT BE READ, trying the one before: %s", path, error)
                 continue

@@ -1,5 +1,6 @@
 """The configuration: its knobs, how it is read, and what is refused."""
 
+from kdjax.config.build import build, from_json
 from kdjax.config.schema import (
     KNOBS,
     BatchConfig,
@@ -12,12 +13,8 @@ from kdjax.config.schema import (
     OptimConfig,
     ResumeConfig,
     TrainConfig,
-    build,
-    describe,
     differences,
     flatten,
-    from_json,
-    is_resumable,
     replace,
     to_json,
 )
@@ -35,11 +32,9 @@ __all__ = [
     "ResumeConfig",
     "TrainConfig",
     "build",
-    "describe",
     "differences",
     "flatten",
     "from_json",
-    "is_resumable",
     "replace",
     "to_json",
 ]

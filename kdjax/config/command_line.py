@@ -1,49 +1,75 @@
-"""Reads `--config FILE --config.group.key=value`."""
+"""The command line of a configuration: `--config RECIPE --config.group.key=value`."""
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import sys
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from kdjax.config.schema import Config, build, describe
+from kdjax.config.build import build
+from kdjax.config.schema import GROUPS, KNOBS, TYPES, Config
 from kdjax.types import UserError
 
 
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, Callable[[], Config]]:
-    """The arguments, and what reads the configuration of `--config FILE` with its `--config.group.key=value`."""
+    """Adds `--config` and one argument per knob, then parses.
+
+    Returns the arguments and a function that reads the configuration. Both raise UserError for a mistake.
+    """
+    parser.usage = f"{parser.prog} --config RECIPE [--config.GROUP.KEY=VALUE ...] [options]"
+    parser.allow_abbrev = False
+    parser.error = _fail  # type: ignore[method-assign]  # argparse would print its usage and exit
     parser.add_argument(
         "--config",
-        metavar="FILE.py",
+        metavar="RECIPE",
         required=True,
-        help="Python file whose get_config() returns a ConfigDict",
+        help=f"a Python file whose get_config() returns a ConfigDict, or a shipped recipe: {', '.join(recipes())}",
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.allow_abbrev = False
-    parser.epilog = "any knob of the configuration, with its default:\n\n" + "\n".join(describe()).replace("%", "%%")
-    arguments, rest = parser.parse_known_args(argv)
-    return arguments, lambda: build(load(Path(arguments.config)), overrides(rest))
-
-
-def overrides(words: Sequence[str]) -> dict[str, str]:
-    """`--config.a.b=v` and `--config.a.b v` as {"a.b": "v"}. Raises UserError for any other word."""
-    found: dict[str, str] = {}
-    queue = list(words)
-    while queue:
-        word = queue.pop(0)
+    for group, cls in GROUPS.items():
+        arguments = parser.add_argument_group(f"knobs of {group}", cls.__doc__)
+        for field in dataclasses.fields(cls):
+            dotted = f"{group}.{field.name}"
+            arguments.add_argument(
+                f"--config.{dotted}", metavar=_type_name(dotted), default=argparse.SUPPRESS, help=_help(dotted)
+            )
+    parsed, rest = parser.parse_known_args(argv)
+    overrides = {key.removeprefix("config."): value for key, value in vars(parsed).items() if key.startswith("config.")}
+    for word in rest:
         if not word.startswith("--config."):
             raise UserError(f"unknown argument {word!r}; --help lists them")
-        key, equals, value = word.removeprefix("--config.").partition("=")
-        if not equals:
-            if not queue:
-                raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")
-            value = queue.pop(0)
-        found[key] = value
-    return found
+        overrides |= {word.removeprefix("--config.").partition("=")[0]: ""}  # which `build` refuses
+    return parsed, lambda: build(load(Path(parsed.config)), overrides)
+
+
+def _fail(message: str) -> NoReturn:
+    raise UserError(f"{message}; --help lists the arguments")
+
+
+def _type_name(dotted: str) -> str:
+    """Returns how --help names the knob's type, such as INT, FLOAT or PATHS."""
+    if KNOBS[dotted].choices:
+        return "NAME"
+    kinds = [kind for kind in typing.get_args(TYPES[dotted]) or (TYPES[dotted],) if kind is not type(None)]
+    names = {tuple[str, ...]: "PATHS", tuple[int, ...]: "INTS", tuple[float, ...]: "FLOATS", str: "TEXT"}
+    return names.get(kinds[0]) or kinds[0].__name__.upper()
+
+
+def _help(dotted: str) -> str:
+    """Returns the knob's meaning, choices or range, and default."""
+    knob, default = KNOBS[dotted], Config()[dotted]
+    bounds = [
+        f"{sign} {bound:g}"
+        for sign, bound in ((">", knob.above), (">=", knob.low), ("<=", knob.high))
+        if bound is not None
+    ]
+    allowed = f"; one of {', '.join(knob.choices)}" if knob.choices else f"; {' and '.join(bounds)}" if bounds else ""
+    return f"{knob.meaning}{allowed} (default: {'empty' if default == () else default})".replace("%", "%%")
 
 
 def recipes() -> dict[str, Path]:

@@ -1,69 +1,91 @@
-"""The configuration: frozen dataclasses, filled from a `ConfigDict` and the command line, checked once.
+"""The configuration: one frozen dataclass per group of knobs, and all that is known of each knob.
 
-Everything below this module sees these dataclasses only; `ml_collections` ends here. Each knob carries the
-sentence that `python -m kdjax.train --help` prints. NeMo-Aligner's names stay where it has one.
+Everything outside `kdjax.config` sees these dataclasses only. A knob carries its meaning, its choices or range and
+whether a run may be resumed with another value; `kdjax train --help` prints the first two, `validate` checks them.
+NeMo-Aligner's names are kept where it has one.
 """
 
 import dataclasses
-import difflib
 import json
-import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection
 from typing import Any
 
-from ml_collections import ConfigDict
+from kdjax.losses.dispatch import IMPLEMENTATIONS
+from kdjax.losses.objective import KD_LOSSES, TAILS
+from kdjax.parallel.axes import AXES
 
-from kdjax.types import UserError
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """What is known of a knob besides its name, type and default."""
+
+    meaning: str
+    choices: Collection[str] | None = None
+    above: float | None = None  # exclusive lower bound
+    low: float | None = None  # inclusive lower bound
+    high: float | None = None  # inclusive upper bound
+    why: str | None = None  # said instead of the bound when a value is out of range
+    resumable: bool = False  # whether a run directory may be resumed with another value
 
 
-def knob(default: Any, meaning: str, *, resumable: bool = False) -> Any:
-    """A field with its meaning. `resumable` ones may change when a run directory is taken up again."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "resumable": resumable})
+def knob(default: Any, meaning: str, **known: Any) -> Any:
+    """Returns a dataclass field with a `Knob` as its metadata."""
+    return dataclasses.field(default=default, metadata={"knob": Knob(meaning, **known)})
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The student's architecture and arithmetic. 0 and None stand for "not given"."""
+    """The student's architecture and arithmetic. 0 and None mean "not given"."""
 
-    init_from: str | None = knob(None, "converted checkpoint to start from; its architecture then rules")
+    init_from: str | None = knob(None, "converted checkpoint or run to start from; its architecture overrides model.*")
     keep_layers: tuple[int, ...] | None = knob(
-        None, "layers of init_from to keep, in this order, counted from 0: 0-11,18-29; None: all"
+        None, "layers of init_from to keep, in this order, counted from 0, such as 0-11,18-29; None: all"
     )
-    layers: int = knob(0, "number of transformer layers")
-    d_model: int = knob(0, "width of the residual stream")
-    n_heads: int = knob(0, "query heads a layer")
-    n_groups: int | None = knob(None, "key/value heads a layer (grouped queries); None: n_heads")
-    head_dim: int | None = knob(None, "width of one head; None: d_model / n_heads")
-    d_ff: int = knob(0, "width of the MLP")
-    vocab_size: int = knob(0, "true vocabulary: ids run from 0 to vocab_size - 1")
-    padded_vocab_size: int | None = knob(None, "stored rows of embedding and unembedding; None: vocab_size")
-    position: str = knob("rope", "rope | learned")
-    max_positions: int | None = knob(None, "learned positions stored; None: data.sequence_length")
-    rope_theta: float = knob(10000.0, "base of the rotary frequencies")
-    rope_fraction: float = knob(1.0, "leading share of each head's width that is rotated")
-    rope_linear_factor: float = knob(1.0, "all rotary frequencies are divided by it (linear scaling)")
+    layers: int = knob(
+        0, "number of transformer layers", above=0, why="set it, or model.init_from to a converted checkpoint"
+    )
+    d_model: int = knob(0, "width of the residual stream", above=0)
+    n_heads: int = knob(0, "query heads per layer", above=0)
+    n_groups: int | None = knob(None, "key/value heads per layer (grouped queries); None: n_heads", above=0)
+    head_dim: int | None = knob(None, "width of one head; None: d_model / n_heads", above=0)
+    d_ff: int = knob(0, "width of the MLP", above=0)
+    vocab_size: int = knob(0, "true vocabulary size: token ids run from 0 to vocab_size - 1", above=0)
+    padded_vocab_size: int | None = knob(None, "stored rows of embedding and unembedding; None: vocab_size", above=0)
+    position: str = knob("rope", "position encoding", choices=("rope", "learned"))
+    max_positions: int | None = knob(None, "number of learned positions; None: data.sequence_length", above=0)
+    rope_theta: float = knob(10000.0, "base of the rotary frequencies", above=0)
+    rope_fraction: float = knob(1.0, "leading share of each head's width that is rotated", low=0, high=1)
+    rope_linear_factor: float = knob(1.0, "divides all rotary frequencies (linear scaling)", above=0)
     rope_llama3: tuple[float, ...] | None = knob(
-        None, "Llama 3's scaling of the low rotary frequencies: factor, low, high, original positions"
+        None, "Llama 3's scaling of the rotary frequencies: factor, low, high, original positions; None: no scaling"
     )
-    norm: str = knob("rmsnorm", "rmsnorm | layernorm | layernorm_1p (scale stored minus one)")
-    norm_eps: float = knob(1e-5, "added to the variance inside every norm")
-    activation: str = knob("swiglu", "swiglu | gelu (exact) | gelu_tanh | squared_relu")
-    bias: bool = knob(False, "biases on every linear map (norms keep theirs either way)")
+    norm: str = knob(
+        "rmsnorm", "normalisation; 1p stores the scale minus one", choices=("rmsnorm", "layernorm", "layernorm_1p")
+    )
+    norm_eps: float = knob(1e-5, "added to the variance in every norm", above=0)
+    activation: str = knob(
+        "swiglu", "activation of the MLP; gelu is exact", choices=("swiglu", "gelu", "gelu_tanh", "squared_relu")
+    )
+    bias: bool = knob(False, "biases on every linear map (norms have theirs either way)")
     qkv_bias: bool = knob(False, "biases on query, key and value only (Qwen2)")
     qk_norm: bool = knob(False, "RMSNorm on each query and key head (Qwen3)")
-    tied: bool = knob(True, "unembedding = embedding")
-    init_std: float = knob(0.02, "standard deviation of the initial weights")
-    scaled_init: bool = knob(True, "divide it by sqrt(2 layers) where a layer writes to the residual stream")
-    dtype: str = knob("bfloat16", "dtype of activations and matmuls: bfloat16 | float32")
-    param_dtype: str = knob("float32", "dtype of the master weights: float32 | bfloat16")
-    remat: str = knob("layer", "what the backward pass recomputes: none | dots (all but matmuls) | layer")
-    attention: str | None = knob(None, "xla | cudnn; None: cudnn where it can run, else xla")
+    tied: bool = knob(True, "use the embedding as the unembedding")
+    init_std: float = knob(0.02, "standard deviation of the initial weights", above=0)
+    scaled_init: bool = knob(True, "divide init_std by sqrt(2 layers) where a layer writes to the residual stream")
+    dtype: str = knob("bfloat16", "dtype of activations and matmuls", choices=("bfloat16", "float32"))
+    param_dtype: str = knob("float32", "dtype of the master weights", choices=("float32", "bfloat16"))
+    remat: str = knob(
+        "layer", "what the backward pass recomputes; dots: all but matmuls", choices=("none", "dots", "layer")
+    )
+    attention: str | None = knob(
+        None, "attention kernel; None: cudnn where it can run, else xla", choices=("xla", "cudnn")
+    )
     tokenizer_sha256: str | None = knob(None, "digest of the tokenizer file, compared with the data's manifest")
 
     @property
     def groups(self) -> int:
-        """Key/value heads a layer (G)."""
+        """Key/value heads per layer (G)."""
         return self.n_groups or self.n_heads
 
     @property
@@ -79,127 +101,174 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Records of teacher logits. Paths may be files, globs, or templates whose file name holds CHUNK_ID."""
+    """Records of teacher logits. A path may be a file, a glob, or a template whose file name contains CHUNK_ID."""
 
     train: tuple[str, ...] = knob((), "training records: comma-separated paths (.jsonl, .jsonl.gz, .jsonl.zst)")
     val: tuple[str, ...] = knob((), "validation records; empty: no validation")
-    sequence_length: int = knob(0, "positions a row; shorter records are padded with loss mask 0")
-    top_k: int | None = knob(None, "teacher entries used per position, largest first; None: all stored")
-    shuffle: bool = knob(True, "a new seeded order every epoch; False: file order, cyclic")
-    seed: int = knob(1234, "seed of the order")
-    pack: bool = knob(False, "put several short records in a row, kept apart by segment ids")
-    over_long: str = knob("error", "records longer than sequence_length: error | drop | truncate")
-    n_chunks: int | None = knob(None, "files behind data.train's CHUNK_ID template; None: those found")
-    n_examples_per_chunk: int | None = knob(None, "records each chunk of data.train must hold; None: whatever it holds")
-    kind: str = knob("logits", "what topk_logits holds: logits (any shift) | log_probs | probs")
-    teacher_temperature: float = knob(1.0, "temperature the stored logits were already divided by")
-    strict: bool = knob(False, "refuse unsorted rows and duplicate ids instead of mending them")
-    weighted_mask: bool = knob(False, "allow loss_mask values between 0 and 1")
-    dedupe: bool = knob(False, "of records with the same index keep the last (an appended re-run)")
-    allow_truncated: bool = knob(False, "drop a last record that was cut off instead of refusing the file")
-    max_bad_records: int = knob(0, "records that may be left out as damaged before the run stops")
-    verify_records: int = knob(256, "records of each set checked in full at start, spread evenly; -1: all")
-    scratch_dir: str | None = knob(
-        None, "where indices and unpacked files are kept; None: the system's", resumable=True
+    sequence_length: int = knob(
+        0,
+        "tokens per row; shorter records are padded with loss mask 0",
+        above=0,
+        why="set it to the length the records were made with",
     )
-    read_threads: int = knob(2, "threads that read and parse records", resumable=True)
-    prefetch: int = knob(4, "batches prepared ahead of the step", resumable=True)
+    top_k: int | None = knob(None, "teacher entries used per position, largest first; None: all stored", above=0)
+    shuffle: bool = knob(True, "shuffle every epoch anew; False: file order, cyclic")
+    seed: int = knob(1234, "seed of the order", low=0)
+    pack: bool = knob(False, "pack several short records into a row, kept apart by segment ids")
+    over_long: str = knob("error", "records longer than sequence_length", choices=("error", "drop", "truncate"))
+    n_chunks: int | None = knob(None, "files that data.train's CHUNK_ID template must match; None: any number", above=0)
+    n_examples_per_chunk: int | None = knob(
+        None, "records that each chunk of data.train must hold; None: any number", above=0
+    )
+    kind: str = knob(
+        "logits", "what topk_logits holds; logits may be shifted", choices=("logits", "log_probs", "probs")
+    )
+    teacher_temperature: float = knob(1.0, "temperature that the stored logits were already divided by", above=0)
+    strict: bool = knob(False, "refuse unsorted rows and duplicate ids instead of repairing them")
+    weighted_mask: bool = knob(False, "allow loss_mask values between 0 and 1")
+    dedupe: bool = knob(False, "keep only the last of the records with the same index (an appended re-run)")
+    allow_truncated: bool = knob(False, "drop a last record that was cut off instead of refusing the file")
+    max_bad_records: int = knob(0, "damaged records that may be left out before the run stops", low=0)
+    verify_records: int = knob(256, "records of each set to check in full at the start, spread evenly; -1: all", low=-1)
+    scratch_dir: str | None = knob(
+        None, "where indices and decompressed files are kept; None: the system's temporary directory", resumable=True
+    )
+    read_threads: int = knob(2, "threads that read and parse records", above=0, resumable=True)
+    prefetch: int = knob(4, "batches prepared ahead of the step", above=0, resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """Sizes in sequences (rows)."""
+    """Batch sizes, in rows (sequences)."""
 
-    global_size: int = knob(128, "rows a step, over all devices")
-    microbatch_size: int = knob(1, "rows a device computes at once", resumable=True)
+    global_size: int = knob(128, "rows per step, over all devices", above=0)
+    microbatch_size: int = knob(1, "rows that a device computes at once", above=0, resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The objective: kd_loss_weight * kd + sft_loss_weight * sft (see kdjax/losses/reference.py)."""
+    """The objective: kd_loss_weight * kd + sft_loss_weight * sft (`kdjax.losses.topk_kd_loss` has the details)."""
 
-    kd_loss: str = knob("fwd_kl", "fwd_kl | bwd_kl | jsd")
+    kd_loss: str = knob("fwd_kl", "divergence from teacher to student", choices=KD_LOSSES)
     kd_loss_weight: float = knob(1.0, "weight of the distillation term")
     sft_loss_weight: float = knob(0.0, "weight of the cross-entropy with the labels")
     logits_scale: float = knob(1.0, "multiplies the student's logits in both terms (1 / temperature)")
     target_logits_scale: float = knob(1.0, "multiplies the teacher's logits (1 / temperature)")
-    cross_tokenizer: str | bool | None = knob(None, "rank_match: compare sorted top-k values, ignore the teacher's ids")
-    tail: str = knob("renormalize", "mass outside the top-k: renormalize (drop) | ghost (one more bucket)")
-    jsd_beta: float = knob(0.5, "weight of the teacher in jsd's mixture, between 0 and 1")
-    reduction: str = knob("token", "token: mean over the global batch's tokens | nemo: mean of microbatch means")
+    cross_tokenizer: str | bool | None = knob(
+        None, "rank_match: compare sorted top-k values and ignore the teacher's ids", choices=("rank_match",)
+    )
+    tail: str = knob(
+        "renormalize", "mass outside the top-k; renormalize: dropped, ghost: one more bucket", choices=TAILS
+    )
+    jsd_beta: float = knob(0.5, "weight of the teacher in jsd's mixture, strictly between 0 and 1")
+    reduction: str = knob(
+        "token", "token: mean over the global batch's tokens, nemo: mean of microbatch means", choices=("token", "nemo")
+    )
     implementation: str | None = knob(
         None,
-        "reference | xla | pallas | triton | gathered (training only, no SFT term); None: the fastest that can run",
+        "code that computes the loss; gathered: without an SFT term; None: the fastest that can run",
+        choices=IMPLEMENTATIONS,
     )
-    include_vocab_padding: bool = knob(False, "let the padded vocabulary rows into the softmax, as Megatron does")
+    include_vocab_padding: bool = knob(False, "include the padded vocabulary rows in the softmax, as Megatron does")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Updates. Defaults are NeMo-Aligner's."""
+    """Optimiser and learning rate. Defaults are NeMo-Aligner's."""
 
-    name: str = knob("adamw", "adamw | lion | sgd")
-    lr: float = knob(3e-5, "peak learning rate")
-    min_lr: float = knob(9e-7, "last learning rate of cosine and wsd")
-    schedule: str = knob("cosine", "cosine (NeMo's CosineAnnealing) | constant | wsd (warm up, hold, decay)")
-    warmup_steps: int = knob(10, "steps of linear warm-up")
-    constant_steps: int = knob(0, "cosine: steps held at min_lr at the end; wsd: steps held at lr before the decay")
-    b1: float = knob(0.9, "decay of the first moment (momentum for sgd)")
-    b2: float = knob(0.98, "decay of the second moment")
-    eps: float = knob(1e-8, "added to the root of the second moment")
-    weight_decay: float = knob(0.01, "decoupled weight decay")
-    decay_rule: str = knob("megatron", "not decayed: megatron: biases and norms | nemo: biases only")
-    clip_norm: float | None = knob(1.0, "global norm the gradient is clipped to; None: not clipped")
+    name: str = knob("adamw", "optimiser", choices=("adamw", "lion", "sgd"))
+    lr: float = knob(3e-5, "peak learning rate", above=0)
+    min_lr: float = knob(9e-7, "final learning rate of cosine and wsd", low=0)
+    schedule: str = knob(
+        "cosine",
+        "learning-rate schedule; cosine: NeMo's CosineAnnealing, wsd: warm up, hold, decay",
+        choices=("cosine", "constant", "wsd"),
+    )
+    warmup_steps: int = knob(10, "steps of linear warm-up", low=0)
+    constant_steps: int = knob(
+        0, "cosine: steps held at min_lr at the end; wsd: steps held at lr before the decay", low=0
+    )
+    b1: float = knob(0.9, "decay of the first moment (momentum for sgd)", low=0, high=1)
+    b2: float = knob(0.98, "decay of the second moment", low=0, high=1)
+    eps: float = knob(1e-8, "added to the root of the second moment", above=0)
+    weight_decay: float = knob(0.01, "decoupled weight decay", low=0)
+    decay_rule: str = knob(
+        "megatron",
+        "parameters exempt from decay; megatron: biases and norms, nemo: biases",
+        choices=("megatron", "nemo"),
+    )
+    clip_norm: float | None = knob(
+        1.0, "global norm that gradients are clipped to; None: no clipping", above=0, why="None turns clipping off"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
-    steps: int = knob(0, "updates to make")
-    val_every: int = knob(100, "steps between validations; the last step always validates")
-    val_batches: int | None = knob(None, "global batches a validation reads; None: the whole set")
-    save_every: int = knob(100, "steps between checkpoints; the last step always saves")
-    log_every: int = knob(1, "steps between lines of metrics.jsonl", resumable=True)
-    seed: int = knob(0, "seed of the initial weights")
-    early_stop_patience: int | None = knob(None, "validations without improvement before stopping; None: never")
-    max_skipped_steps: int = knob(8, "non-finite steps in a row, each left out, before the run stops")
-    wandb_project: str | None = knob(None, "also log to this Weights & Biases project", resumable=True)
+    steps: int = knob(0, "number of updates", above=0, why="set the number of updates")
+    val_every: int = knob(100, "steps between validations; the last step always validates", above=0)
+    val_batches: int | None = knob(None, "global batches per validation; None: the whole set", above=0)
+    save_every: int = knob(100, "steps between checkpoints; the last step always saves", above=0)
+    log_every: int = knob(1, "steps between lines of metrics.jsonl", above=0, resumable=True)
+    seed: int = knob(0, "seed of the initial weights", low=0)
+    early_stop_patience: int | None = knob(
+        None, "validations without improvement before stopping; None: never stop early", above=0
+    )
+    max_skipped_steps: int = knob(8, "non-finite steps in a row, each skipped, before the run stops", above=0)
+    wandb_project: str | None = knob(None, "Weights & Biases project to log to as well", resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The device mesh. One size may be -1: all devices left."""
+    """The device mesh. One size may be -1: all devices that are left."""
 
     pipe: int = knob(1, "pipeline stages: devices that each hold some of the layers", resumable=True)
     data: int = knob(
-        -1, "replicas, each with its share of the batch; optimiser state is split over them", resumable=True
+        -1, "data-parallel replicas with whole parameters; they share the optimiser state (ZeRO-1)", resumable=True
     )
-    fsdp: int = knob(1, "the same, with the parameters split over them too (ZeRO-3)", resumable=True)
-    tensor: int = knob(1, "devices over which each layer is split; keep them in one host", resumable=True)
-    interleave: int = knob(1, "runs of layers a stage, for smaller bubbles and more sends (v)", resumable=True)
-    schedule: str = knob("1f1b", "1f1b | gpipe, which keeps an input of every microbatch", resumable=True)
+    fsdp: int = knob(1, "data-parallel replicas that also shard the parameters (ZeRO-3)", resumable=True)
+    tensor: int = knob(1, "devices that split each layer; keep them in one host", resumable=True)
+    interleave: int = knob(
+        1, "runs of layers per stage (v): more give a smaller bubble and more sends", above=0, resumable=True
+    )
+    schedule: str = knob(
+        "1f1b",
+        "pipeline schedule; gpipe keeps an input of every microbatch",
+        choices=("1f1b", "gpipe"),
+        resumable=True,
+    )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each mesh axis, by its name."""
+        return {axis: getattr(self, axis) for axis in AXES}
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept in RUN/checkpoints."""
+    """The checkpoints kept in RUN/checkpoints."""
 
-    keep_last: int = knob(2, "newest checkpoints kept", resumable=True)
-    keep_best: int = knob(1, "best checkpoints kept besides, by best_metric; 0: none", resumable=True)
-    best_metric: str = knob("loss", "validation metric to keep and stop by: loss | kd_loss | sft_loss", resumable=True)
+    keep_last: int = knob(2, "newest checkpoints kept", above=0, resumable=True)
+    keep_best: int = knob(1, "best checkpoints kept as well, by best_metric; 0: none", low=0, resumable=True)
+    best_metric: str = knob(
+        "loss",
+        "validation metric to keep and stop by",
+        choices=("loss", "kd_loss", "sft_loss"),
+        resumable=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class ResumeConfig:
-    """Taking up a run directory again."""
+    """Resuming a run directory."""
 
-    allow_data_change: bool = knob(False, "go on although data or batch.global_size changed", resumable=True)
+    allow_data_change: bool = knob(False, "resume although the data or batch.global_size changed", resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything a run needs, group by group."""
+    """Everything that a run needs, group by group."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -217,44 +286,18 @@ class Config:
 
 
 GROUPS: dict[str, type] = typing.get_type_hints(Config)
-KNOBS: dict[str, "dataclasses.Field[Any]"] = {
-    f"{group}.{field.name}": field for group, cls in GROUPS.items() for field in dataclasses.fields(cls)
+KNOBS: dict[str, Knob] = {
+    f"{group}.{field.name}": field.metadata["knob"]
+    for group, cls in GROUPS.items()
+    for field in dataclasses.fields(cls)
 }
 TYPES: dict[str, Any] = {
     f"{group}.{name}": kind for group, cls in GROUPS.items() for name, kind in typing.get_type_hints(cls).items()
 }
 
 
-def build(settings: Mapping[str, Any] | ConfigDict, overrides: Mapping[str, str] | None = None) -> Config:
-    """The configuration from a (nested) mapping or `ConfigDict`, then overrides as typed on the command line.
-
-    Raises UserError for an unknown key (with the nearest known one) and for a value of the wrong type.
-    """
-    settings = settings.to_dict() if isinstance(settings, ConfigDict) else settings
-    values: dict[str, Any] = {}
-    for group in settings:
-        _known(group, GROUPS, "group")
-        if not isinstance(settings[group], Mapping):
-            raise UserError(
-                f"config group {group!r} holds {settings[group]!r}; it must hold keys, as in {group}.key = value"
-            )
-        for key, value in settings[group].items():
-            dotted = _known(f"{group}.{key}", KNOBS, "key")
-            if value is not None or type(None) in _options(TYPES[dotted]):  # else an empty placeholder
-                values[dotted] = _typed(dotted, value)
-    for dotted, text in (overrides or {}).items():
-        _known(dotted, KNOBS, "key")
-        values[dotted] = _typed(dotted, _parse(text, TYPES[dotted]))
-    return Config(
-        **{
-            group: cls(**{k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{group}.")})
-            for group, cls in GROUPS.items()
-        }
-    )
-
-
 def replace(config: Config, **changes: Any) -> Config:
-    """A copy with dotted keys replaced, written with a double underscore: `replace(c, optim__lr=1e-3)`."""
+    """Returns a copy with knobs replaced, written with a double underscore: `replace(c, optim__lr=1e-3)`."""
     for name, value in changes.items():
         group, key = name.split("__")
         config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{key: value})})
@@ -262,106 +305,15 @@ def replace(config: Config, **changes: Any) -> Config:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Dotted key -> value, in the order of the dataclasses."""
+    """Returns {dotted key: value}, in the order of the dataclasses."""
     return {dotted: config[dotted] for dotted in KNOBS}
 
 
-def to_json(config: Config) -> str:
-    """The configuration as indented JSON, the contents of RUN/config.json."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_json(text: str) -> Config:
-    """The configuration written by `to_json`."""
-    return build(json.loads(text))
-
-
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) for every knob that differs."""
+    """Returns (dotted key, old value, new value) for every knob that differs."""
     return [(k, v, new[k]) for k, v in flatten(old).items() if v != new[k]]
 
 
-def is_resumable(dotted: str) -> bool:
-    """Whether a run directory may be taken up again with another value of this knob."""
-    return bool(KNOBS[dotted].metadata["resumable"])
-
-
-def describe() -> Iterator[str]:
-    """One line a knob: name, default, meaning."""
-    for dotted, field in KNOBS.items():
-        yield f"  --config.{dotted}={field.default!r}\n        {field.metadata['meaning']}"
-
-
-def _known(name: str, known: Mapping[str, Any], what: str) -> str:
-    if name in known:
-        return name
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    same_key = [k for k in known if k.partition(".")[2] == name.rpartition(".")[2]]
-    group = [k.partition(".")[2] for k in known if k.startswith(name.partition(".")[0] + ".")]
-    listed = f"{name.partition('.')[0]} has {', '.join(group)}" if group else f"there are {', '.join(GROUPS)}"
-    hint = f"did you mean {(same_key or near)[0]!r}? " if same_key or near else ""
-    raise UserError(f"unknown config {what} {name!r}: {hint}{listed}")
-
-
-def _options(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-
-
-def _typed(dotted: str, value: Any) -> Any:
-    """The value as the first of the knob's types that takes it."""
-    for kind in _options(TYPES[dotted]):
-        try:
-            return _cast(value, kind)
-        except TypeError:
-            continue
-    wanted = " or ".join(str(k) if typing.get_args(k) else k.__name__ for k in _options(TYPES[dotted]))
-    raise UserError(
-        f"{dotted} = {value!r} is a {type(value).__name__}; it must be {wanted}".replace("NoneType", "None")
-    )
-
-
-def _cast(value: Any, kind: Any) -> Any:
-    """Ints widen to float, integral floats narrow to int, one item becomes a tuple. Raises TypeError for the rest."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind in (bool, str, type(None)) and isinstance(value, kind):
-        return value
-    if (kind is float and number) or (kind is int and number and value == int(value)):
-        return kind(value)
-    if typing.get_origin(kind) is tuple:
-        items = value if isinstance(value, (list, tuple)) else (value,)
-        return tuple(_cast(item, typing.get_args(kind)[0]) for item in items)
-    raise TypeError(f"{value!r} is no {kind}")
-
-
-def _parse(text: str, kind: Any) -> Any:
-    """A command-line word as the first of the knob's types that it can be; itself when it can be none."""
-    options = sorted(_options(kind), key=lambda option: option is not type(None))
-    for option in options:
-        try:
-            if option is type(None) and text.lower() == "none":
-                return None
-            if option is bool and text.lower() in ("true", "false"):
-                return text.lower() == "true"
-            if option is int or option is float:
-                return float(text)
-        except ValueError:
-            continue
-        if typing.get_origin(option) is tuple:
-            words = [word.strip() for word in text.split(",") if word.strip()]
-            return tuple(words) if typing.get_args(option)[0] is str else _numbers(words)
-    return text
-
-
-def _numbers(words: list[str]) -> tuple[Any, ...]:
-    """Words as numbers, ranges such as 0-11 written out (both ends count); words that are neither stay as they are."""
-    found: list[Any] = []
-    for word in words:
-        first, dash, last = word.partition("-")
-        if first.isdecimal() and dash and last.isdecimal():
-            found.extend(range(int(first), int(last) + 1))
-            continue
-        try:
-            found.append(float(word))
-        except ValueError:
-            found.append(word)
-    return tuple(found)
+def to_json(config: Config) -> str:
+    """Returns the configuration as indented JSON, the content of RUN/config.json."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"

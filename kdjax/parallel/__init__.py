@@ -1,1 +1,1 @@
-"""The device mesh, what is split over it, and the pipeline."""
+"""The device mesh, what is split over it, what its devices exchange, and the pipeline."""

@@ -1,24 +1,26 @@
-"""Pipeline schedules over functions that a caller gives: GPipe, and one forward, one backward (1F1B).
+"""Pipeline schedules, 1F1B (one forward, one backward) and GPipe, over functions that the caller provides.
 
-A stack of layers is cut into v * P chunks, chunk q going to stage q % P: with v = 1 each of P stages has one run of
-layers, with v > 1 several, interleaved (Megatron's virtual stages, arXiv:2104.04473). All devices run one program, tick
-by tick: take what the neighbour sent, run one chunk forward on one microbatch, or one backward, or both, and send on.
+A stack of layers is cut into v * P chunks, and chunk q goes to stage q % P. With v = 1 each of the P stages has one
+run of layers; with v > 1 it has several, interleaved (Megatron's virtual stages, arXiv:2104.04473). All devices run
+the same program, tick by tick: receive from the neighbour, run one chunk forward on one microbatch, or one backward,
+or both, and send the result on.
 
-`gradients` is 1F1B: the last chunk's backward pass follows in the tick of its forward pass, so at most 2vP - 1
-microbatches are under way and memory does not grow with their number. Of each, a stage keeps the input, and computes
-the chunk again to differentiate it. Ticks come in three loops, forward only, both, backward only:
+`gradients` is 1F1B. The last chunk's backward pass runs in the same tick as its forward pass, so at most 2vP - 1
+microbatches are in flight, and memory does not grow with the number of microbatches. A stage keeps the input of each
+microbatch in flight and recomputes the chunk to differentiate it. The ticks form three loops: forward only, both,
+backward only.
 
     P = 3, M = 4   tick 0   1   |  2      3      4      5     |  6   7
           stage 0       F0  F1  |  F2     F3     B0     B1    |  B2  B3
           stage 1           F0  |  F1     F2 B0  F3 B1  B2    |  B3
           stage 2               |  F0 B0  F1 B1  F2 B2  F3 B3 |
 
-so that a step takes (P - 1) F + M (F + B) + (P - 1) B, which is 1F1B's own (M + P - 1)(F + B), with no branch that
-depends on the stage: idle stages compute on zeros, and wait for nobody. (With v = 1; else M v + P - 1 ticks' worth of
-chunks, each 1/v of the work.) `losses` runs forward only; differentiated it is GPipe, which keeps M + P - 1 inputs.
+With v = 1 a step takes (P - 1) F + M (F + B) + (P - 1) B, which equals the (M + P - 1)(F + B) of 1F1B, and no branch
+depends on the stage: idle stages compute on zeros. With v > 1 it takes M v + P - 1 ticks, each 1/v of the work.
+`losses` runs forward only; differentiating it gives GPipe, which keeps M + P - 1 inputs.
 
-What comes before the first chunk and after the last, `enter` and `leave`, all devices run together for each
-microbatch, each with its part of the vocabulary, so that no stage waits for the last one.
+`enter` and `leave`, which come before the first chunk and after the last, run on all devices together for each
+microbatch. Each device handles its part of the vocabulary, so that no stage waits for the last one.
 """
 
 import dataclasses
@@ -31,64 +33,66 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kdjax.parallel import mesh as meshes
+from kdjax.parallel import collectives
 
 Tree = TypeVar("Tree")
 
 
 class Item(NamedTuple):
-    """What a stage works on in a tick: ints, or traced ones."""
+    """The work of a stage in one tick; the fields are ints, traced or not."""
 
-    exists: Any  # bool: else the stage idles
+    exists: Any  # bool; False: the stage idles
     microbatch: Any
-    chunk: Any  # of this stage's v
-    number: Any  # of the stage's forward items, in their order
+    chunk: Any  # which of the stage's v chunks
+    number: Any  # position among the stage's forward items
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Who works on what, and when. Microbatches go in groups of P through one chunk after the other (Megatron's order):
-    the last stage's output is back at the first stage in the very tick it is needed.
+    """Which stage works on which microbatch in which tick.
+
+    Microbatches pass through one chunk after the other in groups of P (Megatron's order), so that the last stage's
+    output reaches the first stage in the tick in which it is needed.
     """
 
     stages: int  # P
-    chunks: int  # v, a stage
-    microbatches: int  # M; with v > 1 the last group is filled up with ones that do not exist
+    chunks: int  # v, per stage
+    microbatches: int  # M; with v > 1 the last group is padded with items that do not exist
 
     @property
     def items(self) -> int:
-        """Forward items of a stage."""
+        """The number of forward items of a stage."""
         groups = -(-self.microbatches // self.stages)
         return self.chunks * groups * self.stages if self.chunks > 1 else self.microbatches
 
     @property
-    def wraps(self) -> bool:
-        """Whether the first stage goes on with what the last one made."""
+    def is_ring(self) -> bool:
+        """Whether the first stage continues with the last stage's output."""
         return self.chunks > 1
 
     @property
     def ring(self) -> int:
-        """Stage inputs that must be kept: one of each item between its forward and its backward tick."""
+        """The number of stage inputs to keep: one for each item between its forward and its backward tick."""
         return 2 * self.chunks * self.stages - 1
 
     @property
     def phases(self) -> tuple[range, range, range]:
-        """The ticks in which stages work forward only, both ways, backward only."""
+        """The ticks of the three loops: forward only, both, backward only."""
         first, last = self.chunks * self.stages - 1, self.items + self.stages - 1
         return range(first), range(first, last), range(last, last + first)
 
     @property
     def bubble(self) -> float:
-        """The share of a step in which a stage idles."""
+        """The share of a step during which a stage idles."""
         return 1 - self.microbatches * self.chunks / (self.items + self.stages - 1)
 
     def forward(self, tick: Any, stage: Any) -> Item:
-        """What the stage runs forward."""
+        """Returns the item that the stage runs forward."""
         number = tick - stage
         return self._item(number, (number // self.stages) % self.chunks)
 
     def backward(self, tick: Any, stage: Any) -> Item:
-        """What the stage runs backward: in forward order of microbatches, in reverse order of chunks and stages."""
+        """Returns the item that the stage runs backward: microbatches in order, chunks and stages in reverse order."""
         number = tick - (self.chunks * self.stages - 1) - (self.stages - 1 - stage)
         return self._item(number, self.chunks - 1 - (number // self.stages) % self.chunks)
 
@@ -100,39 +104,39 @@ class Schedule:
 
 
 class Parts(NamedTuple):
-    """What goes through the pipeline, for one microbatch at a time."""
+    """The functions that the pipeline runs for each microbatch."""
 
-    enter: Callable[[Any, Any], Array]  # (shared, microbatch) -> the first chunk's input, whole on every device
+    enter: Callable[[Any, Any], Array]  # (shared, microbatch) -> the first chunk's input, in full on every device
     run: Callable[[Any, Array, Any], Array]  # (a chunk's parameters, its input, microbatch) -> its output, same shape
-    # (shared, the last chunk's output, microbatch) -> what is minimised, and sums to add up; the same on all stages
+    # (shared, the last chunk's output, microbatch) -> the value to minimise, and sums to add up; the same on all stages
     leave: Callable[[Any, Array, Any], tuple[Float[Array, ""], Any]]
 
 
 def by_stage(stacked: Tree, stages: int, chunks: int) -> Tree:
-    """Stacked arrays [L, ...] as [v, P, L/(vP), ...]: axis 1 is the stage's."""
+    """Reshapes stacked arrays [L, ...] to [v, P, L/(vP), ...]; axis 1 is split over the stages."""
     return jax.tree.map(lambda x: x.reshape(chunks, stages, -1, *x.shape[1:]), stacked)
 
 
 def stacked(staged: Tree) -> Tree:
-    """The reverse of `by_stage`."""
+    """Undoes `by_stage`."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), staged)
 
 
 def losses(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microbatches: Any) -> tuple[Array, Any]:
-    """The sums over all microbatches of what `leave` returns; only inside `mesh.per_device`.
+    """Returns the sums over all microbatches of what `leave` returns. Only inside `per_device`.
 
     `chunks` are this stage's parameters [v, L/(vP), ...], `microbatches` arrays [M, ...].
     """
     stage = _Stage(parts, schedule, shared, chunks, microbatches)
     if schedule.stages == 1:
-        return _added_up(lambda number: stage.straight(shared, chunks, number), schedule.microbatches)
+        return _sum_over(lambda number: stage.straight(shared, chunks, number), schedule.microbatches)
 
     def tick(carry: tuple[Array, Any], t: Array, leaves: bool) -> tuple[tuple[Array, Any], None]:
         received, total = carry
         _, y = stage.forward(received, t)
         if leaves:
             total = jax.tree.map(jnp.add, total, stage.leave(stage.parts.leave, y, t))
-        return (meshes.to_next_stage(y, schedule.wraps), total), None
+        return (collectives.send_forward(y, schedule.is_ring), total), None
 
     entering, both, _ = schedule.phases
     carry = jnp.zeros(stage.x.shape, stage.x.dtype), stage.no_losses
@@ -145,7 +149,7 @@ def losses(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microbatc
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Carry:
-    """What a device takes from tick to tick."""
+    """What a device carries from tick to tick."""
 
     x: Array  # the next item's input
     x_ct: Array  # the cotangent of the next backward item's output
@@ -156,16 +160,16 @@ class _Carry:
 
 
 def gradients(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microbatches: Any) -> tuple[Any, Any, Any]:
-    """The gradients for `shared` and `chunks` of what `losses` returns first, and the sums that it returns second.
+    """Returns the gradients of `losses`' first result by `shared` and by `chunks`, and its second result, the sums.
 
-    Gradients are added up in float32. Those of `shared` are the same on all stages, but for what is split over the
-    vocabulary. Only inside `mesh.per_device`.
+    Gradients are accumulated in float32. Those of `shared` are the same on all stages, except for parameters that are
+    split over the vocabulary. Only inside `per_device`.
     """
     stage = _Stage(parts, schedule, shared, chunks, microbatches)
-    if schedule.stages == 1:  # nothing goes on between a microbatch's two passes, so nothing need be computed again
+    if schedule.stages == 1:  # a microbatch's two passes follow each other, so nothing is recomputed
         differentiate = jax.grad(stage.straight, argnums=(0, 1), has_aux=True)
-        (shared_ct, chunks_ct), sums = _added_up(
-            lambda number: _widened(differentiate(shared, chunks, number)), schedule.microbatches
+        (shared_ct, chunks_ct), sums = _sum_over(
+            lambda number: _to_float32(differentiate(shared, chunks, number)), schedule.microbatches
         )
         return shared_ct, chunks_ct, sums
 
@@ -175,7 +179,7 @@ def gradients(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microb
             x, y = stage.forward(carry.x, t)
             number = schedule.forward(t, stage.index).number
             inputs = lax.dynamic_update_index_in_dim(carry.inputs, x, number % schedule.ring, 0)
-            carry = dataclasses.replace(carry, x=meshes.to_next_stage(y, schedule.wraps), inputs=inputs)
+            carry = dataclasses.replace(carry, x=collectives.send_forward(y, schedule.is_ring), inputs=inputs)
         if goes_forward and goes_backward:
             (shared_ct, y_ct), sums = stage.leave(stage.differentiated_leave, y, t)
             carry = dataclasses.replace(
@@ -198,19 +202,21 @@ def gradients(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microb
 def gpipe_gradients(
     parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microbatches: Any
 ) -> tuple[Any, Any, Any]:
-    """What `gradients` returns, by differentiating `losses`: the oracle, and the simpler program."""
+    """Returns what `gradients` returns, by differentiating `losses`: a simpler program, and the test oracle."""
 
     def objective(shared: Any, chunks: Any) -> tuple[Array, Any]:
         return losses(parts, schedule, shared, chunks, microbatches)
 
-    # Wide from the start, for JAX adds up gradients in the dtype of what they are for.
-    (shared_ct, chunks_ct), sums = jax.grad(objective, argnums=(0, 1), has_aux=True)(_widened(shared), _widened(chunks))
+    # float32 from the start, because JAX accumulates gradients in the dtype of the parameters.
+    (shared_ct, chunks_ct), sums = jax.grad(objective, argnums=(0, 1), has_aux=True)(
+        _to_float32(shared), _to_float32(chunks)
+    )
     return shared_ct, chunks_ct, sums
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stage:
-    """One device's part in a tick."""
+    """One device's part of a tick."""
 
     parts: Parts
     schedule: Schedule
@@ -220,11 +226,11 @@ class _Stage:
 
     @property
     def index(self) -> Array:
-        return meshes.stage_index()
+        return collectives.stage_index()
 
     @functools.cached_property
     def x(self) -> Any:
-        """Shape and dtype of what goes from chunk to chunk."""
+        """Shape and dtype of what passes from chunk to chunk."""
         return jax.eval_shape(self.parts.enter, self.shared, self._microbatch(0))
 
     @functools.cached_property
@@ -233,7 +239,7 @@ class _Stage:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def straight(self, shared: Any, chunks: Any, number: Any) -> tuple[Array, Any]:
-        """What `leave` makes of a microbatch, without a pipeline."""
+        """Returns the result of `leave` for a microbatch, without a pipeline."""
         microbatch = self._microbatch(number)
         x = self.parts.enter(shared, microbatch)
         for chunk in range(self.schedule.chunks):
@@ -241,29 +247,31 @@ class _Stage:
         return self.parts.leave(shared, x, microbatch)
 
     def forward(self, received: Array, t: Array) -> tuple[Array, Array]:
-        """The input and output of the tick's item."""
+        """Runs the tick's item forward; returns its input and output."""
         item, first = self.schedule.forward(t, self.index), self.schedule.forward(t, 0)
         entered = self._when(first.chunk == 0, self._enter, self.shared, first.microbatch)
         x = jnp.where((self.index == 0) & (item.chunk == 0), entered, received)
         return x, self.parts.run(self._chunk(item.chunk), x, self._microbatch(item.microbatch))
 
     def leave(self, leave: Callable[[Any, Array, Any], Tree], y: Array, t: Array) -> Tree:
-        """What `leave` makes of the item that the last chunk has finished in this tick; zeros if there is none."""
+        """Runs `leave` on the item that the last chunk finishes in this tick; returns zeros if there is none."""
         item = self.schedule.forward(t, self.schedule.stages - 1)
         due = (item.chunk == self.schedule.chunks - 1) & item.exists
         microbatch = self._microbatch(item.microbatch)
-        return self._when(due, lambda shared, y: leave(shared, meshes.of_last_stage(y), microbatch), self.shared, y)
+        return self._when(
+            due, lambda shared, y: leave(shared, collectives.from_last_stage(y), microbatch), self.shared, y
+        )
 
     def differentiated_leave(self, shared: Any, y: Array, microbatch: Any) -> tuple[tuple[Any, Array], Any]:
-        """Cotangents of shared and y, and the sums."""
+        """Returns the cotangents of `shared` and `y`, and the sums."""
         return jax.grad(self.parts.leave, argnums=(0, 1), has_aux=True)(shared, y, microbatch)
 
     def backward(self, carry: _Carry, y_ct: Array, t: Array) -> _Carry:
-        """The tick's backward item; `y_ct` is the cotangent of the last chunk's output."""
+        """Runs the tick's item backward; `y_ct` is the cotangent of the last chunk's output."""
         v, last = self.schedule.chunks, self.schedule.stages - 1
         item, first = self.schedule.backward(t, self.index), self.schedule.backward(t, 0)
         ct = jnp.where((self.index == last) & (item.chunk == v - 1), y_ct, carry.x_ct)
-        ct = jnp.where(item.exists, ct, 0)  # then all gradients below are zeros
+        ct = jnp.where(item.exists, ct, 0)  # makes all gradients below zero
         x = lax.dynamic_index_in_dim(carry.inputs, item.number % self.schedule.ring, keepdims=False)
         microbatch = self._microbatch(item.microbatch)
         _, back = jax.vjp(lambda chunk, x: self.parts.run(chunk, x, microbatch), self._chunk(item.chunk), x)
@@ -272,21 +280,21 @@ class _Stage:
         shared_ct = self._when(first.chunk == 0, self._enter_ct, entered_ct, first.microbatch)
         return dataclasses.replace(
             carry,
-            x_ct=meshes.to_previous_stage(x_ct, self.schedule.wraps),
+            x_ct=collectives.send_backward(x_ct, self.schedule.is_ring),
             shared_ct=_add(carry.shared_ct, shared_ct),
             chunks_ct=self._add_to_chunk(carry.chunks_ct, chunk_ct, item.chunk),
         )
 
     def _enter(self, shared: Any, microbatch: Array) -> Array:
-        return meshes.to_stages(self.parts.enter(shared, self._microbatch(microbatch)))
+        return collectives.copy_to_stages(self.parts.enter(shared, self._microbatch(microbatch)))
 
     def _enter_ct(self, entered_ct: Array, microbatch: Array) -> Any:
         return jax.vjp(lambda shared: self._enter(shared, microbatch), self.shared)[1](entered_ct)[0]
 
     def _when(self, due: Any, f: Callable[..., Tree], *args: Any) -> Tree:
-        """f(*args), or zeros when not due: which is the same on all devices, so that f may communicate.
+        """Returns f(*args) if due, else zeros. `due` is the same on all devices, so f may communicate.
 
-        With one chunk a stage, every tick of the loops that ask is due or too cheap to leave out.
+        With one chunk per stage, f is due in almost every tick, so it always runs.
         """
         if self.schedule.chunks == 1:
             return f(*args)
@@ -302,18 +310,18 @@ class _Stage:
         return jax.tree.map(lambda total, x: total.at[chunk].add(x.astype(total.dtype)), total, ct)
 
     def _microbatch(self, number: Any) -> Any:
-        """The microbatch of that number, or the nearest there is."""
+        """Returns the microbatch with that number, clipped to those that exist."""
         number = jnp.clip(number, 0, self.schedule.microbatches - 1)
         return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, keepdims=False), self.microbatches)
 
 
-def _added_up(f: Callable[[Array], Tree], count: int) -> Tree:
-    """The sum of f over 0 .. count-1, one result in memory at a time."""
+def _sum_over(f: Callable[[Array], Tree], count: int) -> Tree:
+    """Returns the sum of f(i) over i = 0 .. count-1, with one result in memory at a time."""
     total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, jnp.int32(0)))
     return lax.scan(lambda total, i: (jax.tree.map(jnp.add, total, f(i)), None), total, jnp.arange(count))[0]
 
 
-def _widened(tree: Tree) -> Tree:
+def _to_float32(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 

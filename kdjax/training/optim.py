@@ -1,4 +1,4 @@
-"""Learning-rate schedules and the optax chain."""
+"""The learning rate and the optax chain."""
 
 import functools
 from collections.abc import Callable
@@ -10,17 +10,15 @@ import optax
 
 from kdjax.config import OptimConfig
 
-Schedule = Callable[[Any], jax.Array]
 
-
-def schedule(config: OptimConfig, steps: int) -> Schedule:
-    """Learning rate of update number `step` (0-based) out of `steps`.
+def learning_rate(config: OptimConfig, steps: int) -> Callable[[Any], jax.Array]:
+    """Returns the learning rate as a function of the step number (from 0), for a run of `steps` steps.
 
     "cosine" is NeMo's CosineAnnealing, which is two schedules (NeMo `core/optim/lr_scheduler.py`):
-      constant_steps = 0: lr (step+1)/(warmup+1) while step <= warmup, then a cosine that meets min_lr at `steps`;
-      constant_steps > 0: Megatron's: lr step/warmup, so 0 at first, a cosine, then `constant_steps` at min_lr.
+      constant_steps = 0: lr (step+1)/(warmup+1) while step <= warmup, then a cosine that reaches min_lr at `steps`;
+      constant_steps > 0: Megatron's: lr step/warmup, which starts at 0, a cosine, then `constant_steps` at min_lr.
     "wsd" warms up like the first, holds lr for `constant_steps`, then falls linearly to min_lr at `steps`.
-    "constant" warms up likewise and stays.
+    "constant" warms up like the first and stays at lr.
     """
     peak, low = config.lr, config.min_lr
     warmup, constant = config.warmup_steps, config.constant_steps
@@ -49,9 +47,10 @@ def _half_cosine(share: jax.Array) -> jax.Array:
 
 
 def optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Gradient to descent direction; the step multiplies it by minus the learning rate of its own number.
+    """Returns the transformation from gradient to descent direction, without the learning rate.
 
-    (So a step that is left out costs its place in the schedule and nothing else.)
+    The step multiplies the direction by minus the learning rate of its own number, so that a skipped step still uses up
+    its place in the schedule.
     """
     direction = {
         "adamw": lambda: optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),
@@ -64,11 +63,11 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Any, rule: str) -> Any:
-    """True where weight decay applies.
+    """Returns a tree of booleans: True where weight decay applies.
 
-    "megatron" spares biases and everything with one axis (Megatron-Core's optimizer); "nemo" spares biases only, which
-    is what NeMo's rule comes to with Transformer Engine layers, whose norm weights it does not recognise. The
-    stacked axis L is not counted.
+    "megatron" exempts biases and everything with one axis (as Megatron-Core's optimizer). "nemo" exempts only biases:
+    NeMo's rule comes to that with Transformer Engine layers, whose norm weights it does not recognise. The stacked
+    axis L is not counted.
     """
 
     def decays(path: tuple[Any, ...], leaf: Any) -> bool:

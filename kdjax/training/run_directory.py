@@ -1,4 +1,4 @@
-"""The run directory: claimed for one configuration, and taken up again only with the same."""
+"""The run directory: it belongs to one configuration, and only that configuration may resume it."""
 
 import logging
 from pathlib import Path
@@ -11,9 +11,9 @@ log = logging.getLogger("kdjax")
 
 
 def claim(workdir: Path, config: Config) -> None:
-    """Makes RUN and its config.json, or checks that the one there is the same. Also proves that RUN can be written.
+    """Creates RUN with its config.json, or checks that RUN has the same configuration. Also proves RUN is writable.
 
-    Raises UserError with the difference when RUN belongs to another configuration.
+    Raises UserError with the differences when RUN belongs to another configuration.
     """
     path = workdir / "config.json"
     try:
@@ -28,7 +28,7 @@ def claim(workdir: Path, config: Config) -> None:
 
 
 def _has_begun(workdir: Path) -> bool:
-    """Whether there is anything to lose; a run that failed before its first line is none."""
+    """Returns whether RUN holds any results; a run that failed before its first metrics left none."""
     log_file = workdir / "metrics.jsonl"
     return (log_file.exists() and log_file.stat().st_size > 0) or any(workdir.glob("checkpoints/*"))
 
@@ -37,16 +37,16 @@ def _compare(workdir: Path, old: Config, new: Config) -> None:
     changed = configs.differences(old, new)
     refused = [change for change in changed if not _may_change(change[0], new)]
     if refused:
-        lines = "\n".join(f"  {key}: {before!r} there, {now!r} now" for key, before, now in refused)
+        lines = "\n".join(f"  {key}: {before!r} in the run, {now!r} now" for key, before, now in refused)
         hint = ""
         if all(_is_data(key) for key, _, _ in refused):
-            hint = ", or set resume.allow_data_change=True to go on with other data"
+            hint = ", or set resume.allow_data_change=True to continue with other data"
         raise UserError(
             f"{workdir} holds a run with another configuration:\n{lines}\n"
-            f"Give the old values to take it up again, or another --workdir to start afresh{hint}."
+            f"Use the old values to resume it, or another --workdir to start a new run{hint}."
         )
     for key, before, now in changed:
-        log.warning("%s taken up with %s = %r (was %r)", workdir, key, now, before)
+        log.warning("%s resumes with %s = %r (was %r)", workdir, key, now, before)
 
 
 def _is_data(key: str) -> bool:
@@ -54,14 +54,14 @@ def _is_data(key: str) -> bool:
 
 
 def _may_change(key: str, new: Config) -> bool:
-    return configs.is_resumable(key) or (new.resume.allow_data_change and _is_data(key))
+    return configs.KNOBS[key].resumable or (new.resume.allow_data_change and _is_data(key))
 
 
 def check_data(then: str, now: str, config: Config) -> None:
-    """Compares the fingerprint of the records a checkpoint saw with today's. Raises UserError if they differ."""
+    """Raises UserError when the records' fingerprint differs from the one that the checkpoint was trained on."""
     if then != now and not config.resume.allow_data_change:
         raise UserError(
-            f"the training records changed since the checkpoint was saved (fingerprint {then} then, {now} now): going "
-            "on would repeat some and skip others. Restore them, use another --workdir, or set "
+            f"the training records changed since the checkpoint was saved (fingerprint {then} then, {now} now): "
+            "continuing would repeat some records and skip others. Restore the records, use another --workdir, or set "
             "resume.allow_data_change=True"
         )

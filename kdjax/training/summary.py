@@ -1,4 +1,4 @@
-"""What a run says before its first step: the configuration, the records, the size of things, the learning rate."""
+"""The summary that a run prints before its first step: configuration, records, sizes, learning rate."""
 
 import logging
 import os
@@ -11,67 +11,69 @@ from kdjax.config.validate import validate_split
 from kdjax.data.dataset import Dataset
 from kdjax.model import param_shapes
 from kdjax.parallel import mesh as meshes
-from kdjax.training.memory import held
-from kdjax.training.optim import schedule
-from kdjax.types import UserError
+from kdjax.parallel.axes import TENSOR
+from kdjax.training.layout import Layout
+from kdjax.training.memory import held_bytes
+from kdjax.training.optim import learning_rate
+from kdjax.types import GIB, UserError
 
 log = logging.getLogger("kdjax")
 
-GIB = 2**30
-
 
 def check_devices(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError when these devices cannot do what the configuration asks of them."""
-    meshes.check_split(mesh, config.batch)
+    """Raises UserError when these devices cannot run the configuration."""
+    meshes.check_batch(mesh, config.batch.global_size, config.batch.microbatch_size)
     validate_split(config, mesh.shape)
     device = mesh.devices.flat[0]
-    if meshes.spans_hosts(mesh, "tensor"):
-        log.warning(
-            "mesh.tensor = %d spans hosts, so that every layer waits for the network between them", mesh.shape["tensor"]
-        )
+    if meshes.spans_hosts(mesh, TENSOR):
+        log.warning("mesh.tensor = %d spans hosts: every layer waits for the network between them", mesh.shape[TENSOR])
     if config.model.attention == "cudnn" and device.platform != "gpu":
         raise UserError(
-            f"model.attention = 'cudnn' needs an NVIDIA GPU, and this is {device.device_kind}; 'xla' runs here"
+            f"model.attention = 'cudnn' needs an NVIDIA GPU, and this device is {device.device_kind}; use 'xla'"
         )
 
 
-def tell(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset, val_set: Dataset | None) -> None:
-    """Prints it all. Raises UserError when the state or the batches cannot fit in memory."""
+def print_summary(layout: Layout, train_set: Dataset, val_set: Dataset | None) -> None:
+    """Prints the summary. Raises UserError when the state or the batches cannot fit in memory."""
+    config = layout.config
     changed = configs.differences(Config(), config)
-    print("configuration (where it differs from the defaults; all of it is in config.json):")
+    print("configuration (values that differ from the defaults; config.json has all of them):")
     print("\n".join(f"  {key} = {value!r}" for key, _, value in changed))
     for name, data in (("train", train_set), ("val", val_set)):
         if data is not None:
             print("\n".join(f"{name}: {line}" for line in data.summary()))
     if train_set.top_k == 1 and config.loss.tail == "renormalize" and config.loss.kd_loss_weight > 0:
         log.warning(
-            "one teacher entry a position, renormalised: the KD term is identically 0; loss.tail = 'ghost' is not"
+            "with one teacher entry per position, renormalised, the KD loss is always 0; use loss.tail = 'ghost'"
         )
-    print(_sizes(config, mesh, train_set))
-    print(_rates(config), flush=True)
+    print(_sizes(layout, train_set.top_k))
+    print(_learning_rates(config), flush=True)
 
 
-def _sizes(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset) -> str:
+def _sizes(layout: Layout, top_k: int) -> str:
+    """Returns the line about memory. Raises UserError when something does not fit."""
+    config, mesh = layout.config, layout.mesh
     count = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config.model)))
-    state = sum(held(config, mesh).values())
-    T, K = config.data.sequence_length, train_set.top_k
-    batch = config.batch.global_size * T * (8 * K + 16)
+    state = sum(held_bytes(layout).values())
+    T = config.data.sequence_length
+    batch = config.batch.global_size * T * (8 * top_k + 16)
     device = mesh.local_devices[0]
     stats = device.memory_stats() or {}
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    have = stats.get("bytes_limit", host // len(mesh.local_devices))
-    if state > have:
+    available = stats.get("bytes_limit", host // len(mesh.local_devices))
+    if state > available:
         raise UserError(
             f"parameters, gradients and optimiser state take {state / GIB:.1f} GiB ({count:,} parameters) and {device} "
-            f"has {have / GIB:.1f} GiB; mesh.tensor and mesh.pipe split all of them over more devices, mesh.fsdp some"
+            f"has {available / GIB:.1f} GiB; raise mesh.tensor or mesh.pipe to split all of them over more devices, or "
+            "mesh.fsdp to split all but the gradients"
         )
     rows = meshes.process_rows(mesh, config.batch.global_size)
     here = batch * (rows.stop - rows.start) // config.batch.global_size
     if here * (config.data.prefetch + 1) > host:
         raise UserError(
-            f"batch.global_size {config.batch.global_size} x data.sequence_length {T} x {K} teacher entries take "
-            f"{here / GIB:.1f} GiB a batch, {config.data.prefetch + 1} at once; the host has {host / GIB:.1f}; lower "
-            "data.top_k, data.prefetch or batch.global_size"
+            f"batch.global_size {config.batch.global_size} x data.sequence_length {T} x {top_k} teacher entries take "
+            f"{here / GIB:.1f} GiB a batch, {config.data.prefetch + 1} batches at once; the host has {host / GIB:.1f} "
+            "GiB; lower data.top_k, data.prefetch or batch.global_size"
         )
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     return (
@@ -81,9 +83,7 @@ def _sizes(config: Config, mesh: jax.sharding.Mesh, train_set: Dataset) -> str:
     )
 
 
-def _rates(config: Config) -> str:
-    steps, rate = config.train.steps, schedule(config.optim, config.train.steps)
-    marks = sorted(
-        {0, config.optim.warmup_steps, steps // 4, steps // 2, 3 * steps // 4, steps - 1} & set(range(steps))
-    )
-    return "learning rate: " + ", ".join(f"step {step}: {float(rate(step)):.3g}" for step in marks)
+def _learning_rates(config: Config) -> str:
+    steps, rate = config.train.steps, learning_rate(config.optim, config.train.steps)
+    marks = {0, config.optim.warmup_steps, steps // 4, steps // 2, 3 * steps // 4, steps - 1} & set(range(steps))
+    return "learning rate: " + ", ".join(f"step {step}: {float(rate(step)):.3g}" for step in sorted(marks))

@@ -43,17 +43,18 @@ def measure_kdjax(steps: int, overrides: Mapping[str, str]) -> Result:
     from kdjax.data.dataset import open_dataset
     from kdjax.data.loader import train_batches
     from kdjax.parallel import mesh as meshes
-    from kdjax.training.step import init_state, make_train_step
+    from kdjax.training.layout import Layout
+    from kdjax.training.step import make_train_step
 
     config = resolve(build(load(CONFIG), {"loss.tail": "renormalize", "train.steps": str(steps + 100), **overrides}))
     validate(config)
-    mesh = meshes.make_mesh(config.mesh)
+    mesh = meshes.make_mesh(config.mesh.sizes)
     records = open_dataset(config.data.train, config.data, vocab_size=config.model.vocab_size)
     rows = slice(0, config.batch.global_size)
     batches = train_batches(
         records, config.data, global_size=config.batch.global_size, start_step=0, stop_step=steps + 1, rows=rows
     )
-    state, train_step = init_state(config, mesh), make_train_step(config, mesh)
+    state, train_step = Layout(config, mesh).init_state(), make_train_step(Layout(config, mesh))
     jax.block_until_ready(state)
     before, times, losses = host.rss_bytes(), [], []
     for batch in batches:

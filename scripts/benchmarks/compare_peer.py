@@ -32,7 +32,7 @@ from peer_picture import draw
 from kdjax.checkpoint import load_params
 from kdjax.cli import run
 from kdjax.config import Config, build, replace
-from kdjax.config.command_line import load, overrides
+from kdjax.config.command_line import load
 from kdjax.config.validate import resolve
 from kdjax.data.dataset import open_dataset
 from kdjax.data.loader import eval_batches
@@ -40,7 +40,8 @@ from kdjax.model import Params
 from kdjax.parallel import mesh as meshes
 from kdjax.train import run as train
 from kdjax.training import metrics
-from kdjax.training.step import init_state, make_eval_step
+from kdjax.training.layout import Layout
+from kdjax.training.step import make_eval_step
 from kdjax.types import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -110,16 +111,16 @@ def learn_kdjax(job: Job, changes: dict[str, str]) -> list[Point]:
 def renormalised_kd(config: Config, workdir: Path) -> dict[int, float]:
     """Step -> validation kd_loss under loss.tail = "renormalize", before the first update and at every checkpoint."""
     config = replace(config, loss__tail="renormalize")
-    mesh, size = meshes.make_mesh(config.mesh), config.batch.global_size
+    mesh, size = meshes.make_mesh(config.mesh.sizes), config.batch.global_size
     records = open_dataset(config.data.val, config.data, vocab_size=config.model.vocab_size)
-    evaluate = make_eval_step(config, mesh)
+    evaluate = make_eval_step(Layout(config, mesh))
 
     def measure(params: Params) -> float:
         batches = eval_batches(records, config.data, global_size=size, max_batches=None, rows=slice(0, size))
         found = [evaluate(params, meshes.put_rows(mesh, batch))["kd_loss"] for batch in batches]
         return float(sum(pair.sum for pair in found) / sum(pair.count for pair in found))
 
-    kd = {0: measure(init_state(config, mesh).params)}
+    kd = {0: measure(Layout(config, mesh).init_state().params)}
     for path in (workdir / "checkpoints").iterdir():
         if path.name.isdigit():
             kd[int(path.name)] = measure(load_params(path, config.model, meshes.replicated(mesh)))
@@ -255,7 +256,8 @@ def main() -> int:
     jobs = plan(arguments)
     work = jobs[0].work
     out = work if arguments.rehearse else arguments.out
-    claim(work, changes := overrides(rest))
+    changes = dict(word.removeprefix("--config.").split("=", 1) for word in rest)
+    claim(work, changes)
     out.mkdir(parents=True, exist_ok=True)
     learn_all(jobs, arguments, changes)
     groups = group(jobs)

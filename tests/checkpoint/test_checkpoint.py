@@ -17,7 +17,7 @@ from kdjax.config import ModelConfig
 from kdjax.model import bind, init_params, param_shapes
 from kdjax.parallel.mesh import make_mesh, replicated
 from kdjax.training import metrics
-from kdjax.training.step import TrainState
+from kdjax.training.state import TrainState
 from kdjax.types import UserError
 
 MODEL = ModelConfig(
@@ -49,7 +49,7 @@ def test_round_trip(saved: Path) -> None:
 
 
 def test_restores_into_any_sharding(saved: Path) -> None:
-    sharding = replicated(make_mesh(configs.MeshConfig()))
+    sharding = replicated(make_mesh(configs.MeshConfig().sizes))
     params = load_params(saved, MODEL, sharding)
     assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(params))
 

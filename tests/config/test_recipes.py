@@ -14,6 +14,7 @@ from kdjax.config.validate import resolve, validate
 from kdjax.model import param_shapes
 from kdjax.parallel import mesh
 from kdjax.plan.compile import make_plan
+from kdjax.training.layout import Layout
 from kdjax.training.optim import optimizer
 from kdjax.training.state import TrainState
 from kdjax.training.step import make_train_step
@@ -75,7 +76,7 @@ def test_loads_validates_and_steps(name: str) -> None:
     state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer(config.optim).init, shapes)
     )
-    step = make_train_step(config, mesh.make_mesh(configs.MeshConfig().sizes, jax.devices()[:1]))
+    step = make_train_step(Layout(config, mesh.make_mesh(configs.MeshConfig().sizes, jax.devices()[:1])))
     new_state, metrics = jax.eval_shape(step, state, batch_shapes(config, top_k=4))
     assert shapes_of(new_state) == shapes_of(state)
     assert metrics["loss"].shape == ()

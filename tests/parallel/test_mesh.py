@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from kdjax.config import MeshConfig
+from kdjax.parallel import axes, collectives
 from kdjax.parallel import mesh as meshes
 from kdjax.types import UserError
 
 
 def test_minus_one_takes_what_is_left() -> None:
-    assert dict(meshes.make_mesh(MeshConfig()).shape) == {"pipe": 1, "data": 8, "fsdp": 1, "tensor": 1}
-    assert dict(meshes.make_mesh(MeshConfig(tensor=2)).shape)["data"] == 4
-    assert meshes.replicas(meshes.make_mesh(MeshConfig(fsdp=2))) == 8
+    assert dict(meshes.make_mesh(MeshConfig().sizes).shape) == {"pipe": 1, "data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(meshes.make_mesh(MeshConfig(tensor=2).sizes).shape)["data"] == 4
+    assert meshes.replicas(meshes.make_mesh(MeshConfig(fsdp=2).sizes)) == 8
 
 
 @pytest.mark.parametrize(
@@ -30,21 +31,21 @@ def test_minus_one_takes_what_is_left() -> None:
 )
 def test_sizes_that_do_not_fit_are_told_those_that_do(config: MeshConfig, near: str) -> None:
     with pytest.raises(UserError, match=rf"mesh.data=.* does not fit 8 devices; {near}"):
-        meshes.make_mesh(config)
+        meshes.make_mesh(config.sizes)
 
 
 def test_layers_stay_within_a_host() -> None:
     """Devices in their order, the tensor axis innermost, stages farthest apart."""
-    mesh = meshes.make_mesh(MeshConfig(pipe=2, data=-1, tensor=2))
+    mesh = meshes.make_mesh(MeshConfig(pipe=2, data=-1, tensor=2).sizes)
     assert mesh.device_ids[0, :, 0].tolist() == [[0, 1], [2, 3]]
     assert mesh.device_ids[:, 0, 0, 0].tolist() == [0, 4]
     hosts = np.vectorize(lambda number: SimpleNamespace(process_index=number // 4), otypes=[object])
     two_hosts: Any = SimpleNamespace(devices=hosts(mesh.device_ids), shape=mesh.shape)
-    assert [axis for axis in meshes.AXES if meshes.spans_hosts(two_hosts, axis)] == ["pipe"]
+    assert [axis for axis in axes.AXES if meshes.spans_hosts(two_hosts, axis)] == ["pipe"]
 
 
 def test_rows_are_contiguous_a_device() -> None:
-    mesh = meshes.make_mesh(MeshConfig())
+    mesh = meshes.make_mesh(MeshConfig().sizes)
     assert meshes.process_rows(mesh, 16) == slice(0, 16)
     rows = meshes.put_rows(mesh, {"x": np.arange(16)})["x"]
     for shard in rows.addressable_shards:
@@ -53,6 +54,8 @@ def test_rows_are_contiguous_a_device() -> None:
 
 
 def test_sums_run_over_all_rows() -> None:
-    mesh = meshes.make_mesh(MeshConfig())
-    total = meshes.per_device(lambda x: meshes.sum_over_batch_axes(x.sum()), mesh, meshes.ROWS, meshes.REPLICATED)
+    mesh = meshes.make_mesh(MeshConfig().sizes)
+    total = collectives.per_device(
+        lambda x: collectives.sum_over_batch_axes(x.sum()), mesh, meshes.ROWS, meshes.REPLICATED
+    )
     assert jax.jit(total)(meshes.put_rows(mesh, np.arange(16))) == 120

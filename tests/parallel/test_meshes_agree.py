@@ -18,7 +18,8 @@ from kdjax.config.validate import resolve, validate_split
 from kdjax.losses import topk_kd_loss
 from kdjax.model import bind, init_params
 from kdjax.parallel import mesh as meshes
-from kdjax.training.step import init_state, make_eval_step, make_train_step
+from kdjax.training.layout import Layout
+from kdjax.training.step import make_eval_step, make_train_step
 from kdjax.types import Batch
 
 T, K, VOCAB = 7, 5, 61  # in 64 stored rows, so that one shard of eight holds padding
@@ -103,9 +104,9 @@ def test_loss_and_gradient_whatever_the_split(case: Case, tmp_path: Path) -> Non
     batch = made_batch(case.microbatches * case.rows * meshes.replicas(mesh), config.data.pack)
     expected_loss, expected_gradient = serial(config, batch)
 
-    state, on_mesh = init_state(config, mesh), meshes.put_rows(mesh, batch)
-    judged = make_eval_step(config, mesh)(state.params, on_mesh)
-    state, metrics = make_train_step(config, mesh)(state, on_mesh)
+    state, on_mesh = Layout(config, mesh).init_state(), meshes.put_rows(mesh, batch)
+    judged = make_eval_step(Layout(config, mesh))(state.params, on_mesh)
+    state, metrics = make_train_step(Layout(config, mesh))(state, on_mesh)
     np.testing.assert_allclose(metrics["loss"], expected_loss, rtol=2e-6)
     np.testing.assert_allclose(judged["loss"].mean, expected_loss, rtol=2e-6)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(expected_gradient), rtol=2e-6)

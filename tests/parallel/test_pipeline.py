@@ -17,11 +17,12 @@ from kdjax.config import Config, MeshConfig
 from kdjax.config.validate import resolve
 from kdjax.parallel import mesh as meshes
 from kdjax.parallel import pipeline
+from kdjax.parallel.collectives import per_device
 from kdjax.parallel.pipeline import Parts, Schedule
-from kdjax.plan.compile import abstract_batch
 from kdjax.plan.flops import matmul_flops
 from kdjax.plan.hlo import collectives
-from kdjax.training.step import abstract_state, make_train_step
+from kdjax.training.layout import Layout
+from kdjax.training.step import make_train_step
 
 SCHEDULES = [
     Schedule(stages, chunks, microbatches)
@@ -106,7 +107,7 @@ def test_any_stage_will_do(schedule: Schedule, dtype: str) -> None:
 
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (shared, weights))
     expected, sums = jax.grad(plain, argnums=(0, 1), has_aux=True)(*wide)
-    mesh = meshes.make_mesh(MeshConfig(pipe=S, data=1), jax.devices()[:S])
+    mesh = meshes.make_mesh(MeshConfig(pipe=S, data=1).sizes, jax.devices()[:S])
     stages = P(None, "pipe")
 
     def squeezed(method: Any, shared: Any, chunks: Any, microbatches: Any) -> Any:
@@ -115,7 +116,7 @@ def test_any_stage_will_do(schedule: Schedule, dtype: str) -> None:
 
     for method in (pipeline.gradients, pipeline.gpipe_gradients):
         local = functools.partial(squeezed, method)
-        mapped = meshes.per_device(local, mesh, (P(), stages, P()), (P(), stages, P()))
+        mapped = per_device(local, mesh, (P(), stages, P()), (P(), stages, P()))
         shared_ct, chunks_ct, found_sums = jax.jit(mapped)(
             shared, pipeline.by_stage(weights, S, schedule.chunks), microbatches
         )
@@ -142,9 +143,9 @@ def compiled(directory: Path, microbatches: int, **changes: Any) -> tuple[Config
         **{"data__sequence_length": T, "batch__microbatch_size": 4, "batch__global_size": 4 * microbatches} | changes,
     )
     config = resolve(configs.replace(config, mesh__pipe=STAGES, mesh__data=1, mesh__tensor=WIDTH))
-    mesh = meshes.make_mesh(config.mesh)
-    arguments = abstract_state(config, mesh), abstract_batch(config, mesh, toy.TOP_K)
-    step: Any = make_train_step(config, mesh)
+    mesh = meshes.make_mesh(config.mesh.sizes)
+    arguments = Layout(config, mesh).abstract_state(), Layout(config, mesh).abstract_batch(toy.TOP_K)
+    step: Any = make_train_step(Layout(config, mesh))
     return config, step.lower(*arguments).compile(), matmul_flops(step, *arguments)
 
 
@@ -182,7 +183,7 @@ def test_what_a_tick_sends(tmp_path: Path, interleave: int) -> None:
     """Neighbours' values, what the vocabulary's shards tell each other, each layer's sums; no gradients, no logits."""
     microbatches = 8
     config, program, _ = compiled(tmp_path, microbatches, mesh__interleave=interleave)
-    mesh = meshes.make_mesh(config.mesh)
+    mesh = meshes.make_mesh(config.mesh.sizes)
     pipe = {tuple(line) for line in mesh.device_ids[:, 0, 0, :].T.tolist()}
     tensor = {tuple(line) for line in mesh.device_ids[:, 0, 0, :].tolist()}
     everyone = {tuple(sorted(mesh.device_ids.flat))}
@@ -209,9 +210,10 @@ def test_no_gradient_travels_between_replicas_in_the_loop(tmp_path: Path) -> Non
         tmp_path, model__layers=4, model__padded_vocab_size=64, batch__global_size=32, batch__microbatch_size=2
     )
     config = resolve(configs.replace(config, mesh__pipe=2, mesh__data=2, mesh__fsdp=2))
-    mesh = meshes.make_mesh(config.mesh)
-    step: Any = make_train_step(config, mesh)
-    program = step.lower(abstract_state(config, mesh), abstract_batch(config, mesh, toy.TOP_K)).compile()
+    mesh = meshes.make_mesh(config.mesh.sizes)
+    layout = Layout(config, mesh)
+    step: Any = make_train_step(layout)
+    program = step.lower(layout.abstract_state(), layout.abstract_batch(toy.TOP_K)).compile()
     found = collectives(program.as_text(), mesh.size)
     pipe = {tuple(line) for line in mesh.device_ids.reshape(2, -1).T.tolist()}
     assert {c.kind for c in found if c.times == 1} >= {"all-gather", "reduce-scatter"}

@@ -10,13 +10,13 @@ import optax
 import pytest
 
 from kdjax.config import OptimConfig
-from kdjax.training.optim import decay_mask, optimizer, schedule
+from kdjax.training.optim import decay_mask, learning_rate, optimizer
 
 CONFIG = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=4)
 
 
 def rates(config: OptimConfig, steps: int) -> list[float]:
-    return [float(schedule(config, steps)(step)) for step in range(steps + 3)]
+    return [float(learning_rate(config, steps)(step)) for step in range(steps + 3)]
 
 
 def test_cosine_without_constant_steps() -> None:

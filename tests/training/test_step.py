@@ -18,8 +18,10 @@ from kdjax.data.loader import eval_batches, train_batches
 from kdjax.losses import topk_kd_loss
 from kdjax.model import bind, init_params
 from kdjax.parallel import mesh as meshes
-from kdjax.training.optim import optimizer, schedule
-from kdjax.training.step import TrainState, init_state, make_eval_step, make_train_step
+from kdjax.training.layout import Layout
+from kdjax.training.optim import learning_rate, optimizer
+from kdjax.training.state import TrainState
+from kdjax.training.step import make_eval_step, make_train_step
 from kdjax.types import Batch, UserError
 
 
@@ -35,12 +37,12 @@ def first_batch(config: Config) -> Batch:
 
 
 def mesh_of(devices: int, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    return meshes.make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), jax.devices()[:devices])
+    return meshes.make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor).sizes, jax.devices()[:devices])
 
 
 def one_step(config: Config, batch: Batch, *mesh_sizes: int) -> tuple[TrainState, dict[str, float]]:
-    mesh = mesh_of(*(mesh_sizes or (1,)))
-    state, metrics = make_train_step(config, mesh)(init_state(config, mesh), meshes.put_rows(mesh, batch))
+    layout = Layout(config, mesh_of(*(mesh_sizes or (1,))))
+    state, metrics = make_train_step(layout)(layout.init_state(), meshes.put_rows(layout.mesh, batch))
     return state, {name: float(value) for name, value in metrics.items()}
 
 
@@ -88,7 +90,7 @@ def test_the_update_is_the_optimisers(config: Config) -> None:
     tx = optimizer(config.optim)
     directions, _ = tx.update(oracle(config, batch)[1], tx.init(params), params)
     state, metrics = one_step(config, batch)
-    lr = float(schedule(config.optim, config.train.steps)(0))
+    lr = float(learning_rate(config.optim, config.train.steps)(0))
     assert metrics["lr"] == pytest.approx(lr)
     jax.tree.map(
         lambda p, d, q: np.testing.assert_allclose(p - lr * d, q, rtol=1e-4, atol=2e-6),
@@ -102,7 +104,7 @@ def test_the_update_is_the_optimisers(config: Config) -> None:
 def test_a_batch_without_tokens_changes_nothing_but_the_step(config: Config) -> None:
     batch = first_batch(config)
     empty = dataclasses.replace(batch, loss_mask=np.zeros_like(batch.loss_mask))
-    before = init_state(config, mesh_of(1))
+    before = Layout(config, mesh_of(1)).init_state()
     state, metrics = one_step(config, empty)
     assert metrics["skipped"] == 1
     assert metrics["tokens"] == 0
@@ -114,7 +116,7 @@ def test_a_non_finite_gradient_changes_nothing_but_the_step(config: Config) -> N
     batch = first_batch(config)
     broken = batch.topk_logits.copy()
     broken[0, 2, 0] = np.nan  # an unmasked position
-    before = init_state(config, mesh_of(2))
+    before = Layout(config, mesh_of(2)).init_state()
     state, metrics = one_step(config, dataclasses.replace(batch, topk_logits=broken), 2)
     assert metrics["skipped"] == 1
     assert np.isnan(metrics["loss"])
@@ -139,11 +141,12 @@ def test_fully_masked_rows_do_not_dilute(config: Config) -> None:
 
 
 def evaluate(config: Config, devices: int, global_size: int) -> dict[str, float]:
-    mesh = mesh_of(devices)
+    layout = Layout(config, mesh_of(devices))
+    step, params = make_eval_step(layout), layout.init_state().params
     data = open_dataset(config.data.val, config.data, vocab_size=config.model.vocab_size)
     total: dict[str, Any] | None = None
     for batch in eval_batches(data, config.data, global_size=global_size, max_batches=None, rows=slice(0, global_size)):
-        sums = make_eval_step(config, mesh)(init_state(config, mesh).params, meshes.put_rows(mesh, batch))
+        sums = step(params, meshes.put_rows(layout.mesh, batch))
         total = sums if total is None else {name: total[name] + sums[name] for name in sums}
     assert total is not None
     return {name: float(pair.mean) for name, pair in total.items()} | {"tokens": float(total["loss"].count)}
@@ -237,7 +240,7 @@ def test_gathered_rows_train_alike_and_leave_out_what_they_cannot_tell(config: C
     for ours, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True):
         np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-6)
     mesh = mesh_of(1)
-    judged = make_eval_step(rows, mesh)(state.params, meshes.put_rows(mesh, batch))
+    judged = make_eval_step(Layout(rows, mesh))(state.params, meshes.put_rows(mesh, batch))
     assert float(judged["sft_loss"].mean) > 0
 
 
@@ -250,8 +253,8 @@ def test_vocabulary_padding_counts_only_when_asked(config: Config) -> None:
 
 
 def test_a_batch_that_does_not_split_names_those_that_do(config: Config) -> None:
-    with pytest.raises(UserError, match=r"global_size = 8 .* microbatch_size 2 x 3 devices; 6 or 12 would be"):
-        meshes.check_split(mesh_of(3), config.batch)
+    with pytest.raises(UserError, match=r"global_size = 8 .* microbatch_size 2 x 3 replicas; set it to 6 or 12"):
+        meshes.check_batch(mesh_of(3), config.batch.global_size, config.batch.microbatch_size)
 
 
 def test_gradients_are_reduced_once_a_step(config: Config) -> None:
@@ -259,7 +262,7 @@ def test_gradients_are_reduced_once_a_step(config: Config) -> None:
     mesh = mesh_of(2)
     config = changed(config, batch={"microbatch_size": 1})
     batch = meshes.put_rows(mesh, first_batch(config))
-    text = make_train_step(config, mesh).lower(init_state(config, mesh), batch).compile().as_text()
+    text = make_train_step(Layout(config, mesh)).lower(Layout(config, mesh).init_state(), batch).compile().as_text()
     loops = [part for part in text.split("\n\n") if "region" in part.split("\n")[0] or "body" in part.split("\n")[0]]
     assert text.count(" all-reduce(") >= 1
     assert not any(" all-reduce(" in loop for loop in loops)
@@ -269,14 +272,14 @@ def test_each_device_holds_its_shards_of_the_state(config: Config) -> None:
     """Of the parameters a quarter, of the moments an eighth, each replica's; before and after a step."""
     config = changed(config, batch={"microbatch_size": 1})
     mesh, batch = mesh_of(8, fsdp=4), first_batch(config)
-    state = init_state(config, mesh)
+    state = Layout(config, mesh).init_state()
     assert config.optim.name == "adamw"
     for _ in range(2):
         for tree, share in ((state.params, 0.25), (state.opt_state, 0.125)):
             held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(tree))
             whole = sum(leaf.size for leaf in jax.tree.leaves(tree))
             assert share * whole <= held < 1.1 * share * whole, (held, whole)
-        state, _ = make_train_step(config, mesh)(state, meshes.put_rows(mesh, batch))
+        state, _ = make_train_step(Layout(config, mesh))(state, meshes.put_rows(mesh, batch))
 
 
 def test_parameters_are_gathered_once_a_step(config: Config) -> None:
@@ -284,7 +287,7 @@ def test_parameters_are_gathered_once_a_step(config: Config) -> None:
     mesh = mesh_of(4, fsdp=4)
     config = changed(config, batch={"microbatch_size": 1})
     batch = meshes.put_rows(mesh, first_batch(config))
-    text = make_train_step(config, mesh).lower(init_state(config, mesh), batch).compile().as_text()
+    text = make_train_step(Layout(config, mesh)).lower(Layout(config, mesh).init_state(), batch).compile().as_text()
     loops = [part for part in text.split("\n\n") if "region" in part.split("\n")[0] or "body" in part.split("\n")[0]]
     assert loops
     assert " all-gather(" in text
