@@ -4,6 +4,7 @@ import errno
 import gzip
 import logging
 import os
+import zlib
 
 import numpy as np
 import pytest
@@ -290,3 +291,22 @@ def test_lines_that_are_not_json_are_known_from_the_index(tmp_path, text):
     found = index.build(tmp_path / "b.jsonl")
     assert found.is_cut
     assert len(found) == 1
+
+
+def test_padding_may_fill_whole_pieces_between_members(tmp_path, monkeypatch, expected):
+    monkeypatch.setattr(decompress, "READ_BYTES", 16)
+    (tmp_path / "a.gz").write_bytes((b"\0" * 40).join(gzip.compress(line(record)) for record in RECORDS))
+    assert token_lists(open_paths(tmp_path, tmp_path / "a.gz")) == token_lists(expected)
+
+
+def test_a_compressed_file_cut_off_between_records_is_reported(tmp_path):
+    compressor = zlib.compressobj(wbits=31)
+    (tmp_path / "a.gz").write_bytes(compressor.compress(PLAIN) + compressor.flush(zlib.Z_SYNC_FLUSH))
+    dataset = open_paths(tmp_path, tmp_path / "a.gz", allow_truncated=True)
+    assert len(dataset) == len(RECORDS)
+    assert "1 record dropped: cut off at the end of a file" in dataset.summary()
+
+
+def test_records_that_hold_objects_are_read_from_their_start(tmp_path, expected):
+    nested = [{"metadata": {"source": {"page": 1}}} | record for record in RECORDS]
+    assert token_lists(open_paths(tmp_path, write(tmp_path / "a.jsonl", nested))) == token_lists(expected)

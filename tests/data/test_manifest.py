@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from record_files import VOCAB, make_records, open_records
+from record_files import VOCAB, make_records, open_paths, open_records, write
 
 from kdjax.types import UserError
 
@@ -102,3 +102,14 @@ def test_a_malformed_manifest_is_refused(tmp_path, text, part):
 def test_a_manifest_that_cannot_be_read_is_explained(tmp_path):
     (tmp_path / "manifest.json").mkdir()
     assert "manifest.json: cannot read this manifest: Is a directory" in refused(tmp_path)
+
+
+def test_the_manifest_of_every_directory_is_compared(tmp_path):
+    for name, top_k in (("one", 3), ("two", 4)):
+        (tmp_path / name).mkdir()
+        manifest(tmp_path / name, top_k=top_k)
+    paths = [write(tmp_path / name / "a.jsonl", RECORDS) for name in ("one", "two")]
+    assert open_paths(tmp_path, *paths).warnings == tuple(
+        f"{tmp_path / name}/manifest.json: top_k is {top_k}, but records have 5"
+        for name, top_k in (("one", 3), ("two", 4))
+    )
