@@ -1,7 +1,7 @@
-"""The arrays of an Orbax checkpoint, opened without being read: any piece of any of them, straight from the disk.
+"""Reads any part of any array of an Orbax checkpoint straight from the disk.
 
-Orbax restores whole trees. Picking layers, converting one layer at a time and hashing what is stored need less than
-that, so this module opens the same files (OCDBT or plain directories, zarr 2 or 3) with TensorStore.
+Orbax restores whole trees. Selecting layers, converting one layer at a time and hashing what is stored need less, so
+this module opens the same files (OCDBT or plain directories, zarr 2 or 3) with TensorStore.
 """
 
 import dataclasses
@@ -15,12 +15,10 @@ import tensorstore
 
 from kdjax.types import UserError
 
-Index = tuple[slice, ...]
-
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One stored array. `name` is its path in the tree, such as "layers/attn/q/kernel"."""
+class StoredArray:
+    """One array of a checkpoint. `name` is its path in the tree, such as "layers/attn/q/kernel"."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,11 +28,11 @@ class Leaf:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the array, uncompressed."""
+        """Size in bytes, uncompressed."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
-    def read(self, index: Index = (), layers: Sequence[int] | None = None) -> np.ndarray:
-        """The piece at `index`, in C order; with `layers`, of the array made of these entries of the first axis.
+    def read(self, index: tuple[slice, ...] = (), layers: Sequence[int] | None = None) -> np.ndarray:
+        """Returns the part at `index`, in C order; with `layers`, of the array of these entries of the first axis.
 
         Raises UserError when the files are damaged.
         """
@@ -44,30 +42,30 @@ class Leaf:
                 return self.store[index].read(order="C").result()
             picked: Any = (list(layers[index[0]]), *index[1:])
             return self.store.oindex[picked].read(order="C").result()
-        except ValueError as error:  # TensorStore's, for a missing or cut file or a checksum that differs
+        except ValueError as error:  # TensorStore raises it for a missing or truncated file and for a wrong checksum
             raise UserError(f"{self.directory}: {self.name} cannot be read: {error}") from error
 
 
-def open_leaves(directory: Path) -> dict[str, Leaf]:
-    """Every array below an Orbax directory by its name. Raises UserError when it is none."""
+def open_arrays(directory: Path) -> dict[str, StoredArray]:
+    """Opens every array of an Orbax directory; returns them by name. Raises UserError for any other directory."""
     directory = directory.absolute()
     try:
         layout = json.loads((directory / "_METADATA").read_text())
         names = ["/".join(key["key"] for key in entry["key_metadata"]) for entry in layout["tree_metadata"].values()]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory} is no complete Orbax checkpoint: {error!r}") from error
+        raise UserError(f"{directory} is not a complete Orbax checkpoint: {error!r}") from error
     context = tensorstore.Context()
-    leaves: dict[str, Leaf] = {}
+    arrays: dict[str, StoredArray] = {}
     for name in names:
         store = _open(directory, name, layout, context)
-        leaves[name] = Leaf(name, tuple(store.shape), np.dtype(store.dtype.numpy_dtype), directory, store)
-    return leaves
+        arrays[name] = StoredArray(name, tuple(store.shape), np.dtype(store.dtype.numpy_dtype), directory, store)
+    return arrays
 
 
 def _open(
     directory: Path, name: str, layout: Mapping[str, Any], context: tensorstore.Context
 ) -> tensorstore.TensorStore:
-    """The array's store; its bytes are fetched by `read` only."""
+    """Opens the array; `read` fetches its bytes."""
     entry = name.replace("/", ".")  # Orbax's name of the array in the directory
     kvstore: dict[str, Any] = {"driver": "file", "path": f"{directory}/{entry}/"}
     if layout["use_ocdbt"]:

@@ -16,19 +16,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from kdjax.checkpoint.arrays import Index, Leaf, open_leaves
+from kdjax.checkpoint.arrays import StoredArray, open_arrays
 from kdjax.config import Config, ModelConfig, build, from_json
 from kdjax.model import GPT, Params, bind, named_shapes, param_name, param_shapes
 from kdjax.training import metrics
 from kdjax.types import UserError
 
 MODEL_CONFIG = "model_config.json"
-# Arithmetic, not architecture: the user's choice also when a checkpoint rules the rest.
+# Arithmetic and initialisation, not architecture: the configuration decides these even with model.init_from.
 FREE_KEYS = ("init_from", "keep_layers", "dtype", "param_dtype", "remat", "attention", "init_std", "scaled_init")
 
 
 def save_model(path: Path | str, config: ModelConfig, params: Params) -> None:
-    """Writes a model directory that `load_model` and `model.init_from` read."""
+    """Writes a model directory, which `load_model` and `model.init_from` read."""
     path = Path(path).absolute()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "params", params, save_args=save_in_layers(params), force=True)
@@ -42,7 +42,7 @@ def write_model_config(directory: Path, config: ModelConfig) -> None:
 
 
 def save_in_layers(params: Params) -> Any:
-    """Stacked leaves are stored in pieces of at most a layer, so that a layer can be read without the others."""
+    """Returns Orbax's save arguments that store stacked arrays layer by layer, so that each layer can be read alone."""
 
     def save_args(path: Any, _: jax.Array) -> ocp.SaveArgs:
         return ocp.SaveArgs(shard_axes=(0,) if param_name(path).startswith("layers/") else ())
@@ -51,7 +51,7 @@ def save_in_layers(params: Params) -> Any:
 
 
 def load_model(path: Path | str, *, dtype: str = "float32") -> GPT:
-    """The model of a converted checkpoint, of a run directory (its best step, else its last), or of one step of it.
+    """Loads the model of a converted checkpoint, of a run directory (its best step, else its last) or of one step.
 
     `dtype` is the dtype of the computation. Raises UserError when the path holds no model.
     """
@@ -62,16 +62,16 @@ def load_model(path: Path | str, *, dtype: str = "float32") -> GPT:
 def load_params(
     path: Path | str, config: ModelConfig, sharding: Any = None, keep_layers: Sequence[int] | None = None
 ) -> Params:
-    """A model's parameters in `config.param_dtype`, restored by Orbax into the shards of each process's own devices.
+    """Restores a model's parameters in `config.param_dtype`, each process only the shards of its own devices.
 
     Args:
-        sharding: one for all leaves, or a tree of them (a prefix will do); default: the first device.
-        keep_layers: the layers to take, in this order; `config.layers` is their number. The others are not read.
+        sharding: one for all parameters, or a tree (or tree prefix) of them; default: the first device.
+        keep_layers: the layers to read, in this order; `config.layers` is their number.
 
-    Rows of vocabulary padding are cut off or added, as zeros, to make `config.padded_vocab_size` of them.
+    Cuts off rows of vocabulary padding, or adds rows of zeros, to reach `config.padded_vocab_size`.
     """
     source = params_directory(path)
-    stored, shapes = open_leaves(source), param_shapes(config)
+    stored, shapes = open_arrays(source), param_shapes(config)
     _compare_shapes(source, stored, config, keep_layers)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.broadcast(default if sharding is None else sharding, shapes)
@@ -84,7 +84,7 @@ def load_params(
 
 
 def _restore(source: Path, shapes: Params, shardings: Params) -> Params:
-    """The arrays of these names from an Orbax directory; rows that are not stored are zero."""
+    """Restores the arrays of these names from an Orbax directory; rows that are not stored become zero."""
     arguments = jax.tree.map(
         lambda leaf, sharding: ocp.ArrayRestoreArgs(
             dtype=leaf.dtype, sharding=sharding, global_shape=leaf.shape, strict=False
@@ -101,20 +101,20 @@ def _restore(source: Path, shapes: Params, shardings: Params) -> Params:
 
 
 def _pick_layers(
-    stored: Mapping[str, Leaf],
+    stored: Mapping[str, StoredArray],
     keep_layers: Sequence[int],
     path: Any,
     like: jax.ShapeDtypeStruct,
     sharding: jax.sharding.Sharding,
 ) -> jax.Array:
-    """Some layers of a stacked leaf. Orbax restores whole arrays only."""
-    leaf = stored[f"layers/{param_name(path)}"]
+    """Reads some layers of a stacked array, which Orbax would only restore as a whole."""
+    array = stored[f"layers/{param_name(path)}"]
     pieces: dict[str, np.ndarray] = {}  # devices that hold the same shard share one read
 
-    def piece(index: Index | None) -> np.ndarray:
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
         key = str(index)
         if key not in pieces:
-            pieces[key] = leaf.read(index or (), keep_layers).astype(like.dtype)
+            pieces[key] = array.read(index or (), keep_layers).astype(like.dtype)
         return pieces[key]
 
     return jax.make_array_from_callback(like.shape, sharding, piece)
@@ -124,7 +124,7 @@ VOCABULARY_LEAVES = ("embed", "unembed")  # their first axis holds the vocabular
 
 
 def _compare_shapes(
-    source: Path, stored: Mapping[str, Leaf], config: ModelConfig, keep_layers: Sequence[int] | None
+    source: Path, stored: Mapping[str, StoredArray], config: ModelConfig, keep_layers: Sequence[int] | None
 ) -> None:
     wanted = named_shapes(config)
     lines = []
@@ -143,7 +143,7 @@ def _compare_shapes(
 
 
 def read_model_config(path: Path | str) -> ModelConfig:
-    """The architecture of a model directory or run, without what it was made from."""
+    """Returns the architecture of a model directory or run, without `init_from` and `keep_layers`."""
     path = Path(path)
     if (path / MODEL_CONFIG).exists():
         return build({"model": json.loads((path / MODEL_CONFIG).read_text())}).model
@@ -161,16 +161,16 @@ def read_model_config(path: Path | str) -> ModelConfig:
 
 
 def run_config(path: Path | str) -> Config | None:
-    """The configuration of a run directory, or of the run whose step this is; None when it is neither."""
+    """Returns the configuration of a run directory or of the run that a step belongs to; None for other paths."""
     path = Path(path).absolute()
     file = (path.parent.parent if path.parent.name == "checkpoints" else path) / "config.json"
     return from_json(file.read_text()) if file.exists() else None
 
 
 def adopt_architecture(config: Config) -> Config:
-    """The configuration with `model.init_from`'s architecture in place of its own.
+    """Returns the configuration with the architecture of `model.init_from` in place of its own.
 
-    `model.keep_layers` makes it as deep as they are many; `model.padded_vocab_size` may set another padding.
+    `model.keep_layers` sets the number of layers, and `model.padded_vocab_size` may set another padding.
     """
     model = config.model
     if model.init_from is None:
@@ -191,12 +191,12 @@ def adopt_architecture(config: Config) -> Config:
 
 
 def _count(keep_layers: Sequence[int], layers: int) -> int:
-    """How many layers are kept, once it is sure that they exist and are different ones."""
+    """Returns the number of layers kept. Raises UserError unless they all exist and differ from each other."""
     absent = [layer for layer in keep_layers if not 0 <= layer < layers]
     twice = sorted({layer for layer in keep_layers if keep_layers.count(layer) > 1})
     if absent or twice or not keep_layers:
         reason = (
-            f"there is no layer {absent[0]}" if absent else f"layer {twice[0]} comes twice" if twice else "none is left"
+            f"there is no layer {absent[0]}" if absent else f"layer {twice[0]} is repeated" if twice else "it is empty"
         )
         raise UserError(
             f"model.keep_layers = {tuple(keep_layers)}: {reason}; model.init_from has {layers} layers, so give "
@@ -206,14 +206,14 @@ def _count(keep_layers: Sequence[int], layers: int) -> int:
 
 
 def params_directory(path: Path | str) -> Path:
-    """Where a model's, a run's (its best step's, else its last's) or a step's parameters lie."""
+    """Returns the directory of the parameters of a model, of a run (its best step, else its last) or of a step."""
     path = Path(path).absolute()
     if (path / MODEL_CONFIG).exists() or path.parent.name == "checkpoints":
         return path / "params"
     kept = ocp.utils.checkpoint_steps(epath.Path(path / "checkpoints")) if (path / "checkpoints").exists() else []
     best_metric = from_json((path / "config.json").read_text()).checkpoint.best_metric
-    judged = {line["step"]: line[best_metric] for line in metrics.read(path, "val") if line["step"] in kept}
-    step = min(judged, key=lambda step: judged[step]) if judged else max(kept, default=None)
+    measured = {line["step"]: line[best_metric] for line in metrics.read(path, "val") if line["step"] in kept}
+    step = min(measured, key=lambda step: measured[step]) if measured else max(kept, default=None)
     if step is None:
         raise UserError(f"{path / 'checkpoints'} holds no complete checkpoint yet")
     return path / "checkpoints" / str(step) / "params"

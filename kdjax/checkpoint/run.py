@@ -23,14 +23,14 @@ log = logging.getLogger("kdjax")
 
 
 class RunCheckpoints:
-    """RUN/checkpoints: asynchronous saves; the newest and the best are kept."""
+    """The steps in RUN/checkpoints: saved asynchronously; the newest and the best are kept."""
 
     def __init__(self, workdir: Path, config: Config):
         best, policies = config.checkpoint.best_metric, [keep.LatestN(config.checkpoint.keep_last)]
         judges = config.checkpoint.keep_best > 0 and bool(config.data.val)
         if judges:
             lowest = keep.BestN(
-                get_metric_fn=lambda judged: judged[best],
+                get_metric_fn=lambda metrics: metrics[best],
                 reverse=True,
                 n=config.checkpoint.keep_best,
                 keep_checkpoints_without_metrics=False,
@@ -38,29 +38,29 @@ class RunCheckpoints:
             policies.append(lowest)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy(policies),
-            best_fn=(lambda judged: judged[best]) if judges else None,
+            best_fn=(lambda metrics: metrics[best]) if judges else None,
             best_mode="min",
             cleanup_tmp_directories=True,
         )
         self._directory = workdir.absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-    def save(self, state: TrainState, meta: Mapping[str, Any], judged: Mapping[str, float] | None) -> None:
-        """Starts saving, with the validation's means if there are any; the state may be donated at once."""
+    def save(self, state: TrainState, meta: Mapping[str, Any], metrics: Mapping[str, float] | None) -> None:
+        """Starts a save, with the validation metrics if there are any. The state may be donated at once."""
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params, save_args=save_in_layers(state.params)),
             opt_state=ocp.args.StandardSave(state.opt_state),
             meta=ocp.args.JsonSave(dict(meta)),
         )
-        self._manager.save(int(state.step), args=items, metrics=None if judged is None else dict(judged), force=True)
+        self._manager.save(int(state.step), args=items, metrics=None if metrics is None else dict(metrics), force=True)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest step that can be read, in `like`'s shapes and shardings, with its meta; None if there is none.
+        """Returns the newest readable step, in `like`'s shapes and shardings, and its meta; None if there is no step.
 
-        A step that cannot be read is named loudly and the one before it is tried; nothing is deleted.
+        Warns about a step that cannot be read and tries the one before it; deletes nothing.
         """
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -76,18 +76,18 @@ class RunCheckpoints:
                 path = self._directory / str(step)
                 if not consensus.all_agree(f"{path} cannot be read"):
                     raise UserError(f"{path} cannot be read here, though other processes can: {error}") from error
-                log.warning("CHECKPOINT %s CANNOT BE READ, trying the one before: %s", path, error)
+                log.warning("CHECKPOINT %s CANNOT BE READ; trying the one before it: %s", path, error)
                 continue
             number = jax.device_put(like.step * 0 + step, like.step.sharding)
             return dataclasses.replace(like, step=number, params=found.params, opt_state=found.opt_state), found.meta
         if steps:
             raise UserError(
-                f"none of the checkpoints {steps} in {self._directory} can be read; move it away to start afresh"
+                f"none of the checkpoints {steps} in {self._directory} can be read; move it away to start over"
             )
         return None
 
     def wait(self) -> None:
-        """Until the last save is complete. Raises what it failed of."""
+        """Blocks until the last save finishes; re-raises its error."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from kdjax.checkpoint import params_directory
-from kdjax.checkpoint.arrays import Leaf, open_leaves
+from kdjax.checkpoint.arrays import StoredArray, open_arrays
 from kdjax.checkpoint.model_directory import VOCABULARY_LEAVES
 from kdjax.cli import Progress
 from kdjax.config import ModelConfig
@@ -39,13 +39,13 @@ class Export:
 
     config: ModelConfig
     rules: Sequence[Rule]
-    stored: Mapping[str, Leaf]
+    stored: Mapping[str, StoredArray]
     dtype: np.dtype | None  # None: as stored
 
     @classmethod
     def open(cls, model: Path, config: ModelConfig, rules: Sequence[Rule], dtype: str | None) -> "Export":
         """Opens a model directory, run directory or step of a run. Reads no array yet."""
-        return cls(config, rules, open_leaves(params_directory(model)), DTYPES.get(dtype or ""))
+        return cls(config, rules, open_arrays(params_directory(model)), DTYPES.get(dtype or ""))
 
     def _rules_in_order(self) -> list[tuple[Rule, int | None]]:
         """Returns rules and layers: the embeddings, layer after layer, the final norm and the unembedding."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kdjax.checkpoint import params_directory, read_model_config
-from kdjax.checkpoint.arrays import Leaf, open_leaves
+from kdjax.checkpoint.arrays import StoredArray, open_arrays
 from kdjax.cli import Progress
 from kdjax.convert.architecture import KEYS
 from kdjax.convert.provenance import PROVENANCE, read_provenance
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the model; returns 0 if every recorded digest is correct."""
     path = arguments.path
     config, directory = read_model_config(path), params_directory(path)
-    stored, provenance = open_leaves(directory), read_provenance(directory.parent)
+    stored, provenance = open_arrays(directory), read_provenance(directory.parent)
     recorded = provenance.pop("leaves", {})
     print(f"{directory}\n\narchitecture")
     for key in KEYS:
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 CORRECT = "digest correct"
 
 
-def check_digests(stored: Mapping[str, Leaf], recorded: Mapping[str, Any]) -> dict[str, str]:
+def check_digests(stored: Mapping[str, StoredArray], recorded: Mapping[str, Any]) -> dict[str, str]:
     """Returns for each array whether its bytes, dtype and shape are the recorded ones: `CORRECT`, or what is wrong."""
     verdicts = {}
     with Progress("checking digests", sum(array.nbytes for array in stored.values()), "B", delay_s=2.0) as progress:
@@ -70,7 +70,7 @@ def check_digests(stored: Mapping[str, Leaf], recorded: Mapping[str, Any]) -> di
     return verdicts
 
 
-def _verdict(array: Leaf, entry: Mapping[str, Any] | None) -> str:
+def _verdict(array: StoredArray, entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return "NOT RECORDED"
     if entry["dtype"] != str(array.dtype) or tuple(entry["shape"]) != array.shape:
@@ -81,7 +81,7 @@ def _verdict(array: Leaf, entry: Mapping[str, Any] | None) -> str:
         return f"DAMAGED: {error}"
 
 
-def digest(array: Leaf) -> str:
+def digest(array: StoredArray) -> str:
     """Returns the sha256 of an array's bytes in C order, reading one layer or `HASHED_ROWS` rows at a time."""
     found = hashlib.sha256()
     step = 1 if array.name.startswith("layers/") else HASHED_ROWS

@@ -1,6 +1,7 @@
 """Model directories: written, read, and what is told when they are not what they should be."""
 
 import dataclasses
+import json
 import threading
 from pathlib import Path
 
@@ -11,8 +12,16 @@ import pytest
 import toy_problem as toy
 
 from kdjax import config as configs
-from kdjax.checkpoint import RunCheckpoints, adopt_architecture, load_model, load_params, read_model_config, save_model
-from kdjax.checkpoint.arrays import open_leaves
+from kdjax.checkpoint import (
+    RunCheckpoints,
+    adopt_architecture,
+    load_model,
+    load_params,
+    params_directory,
+    read_model_config,
+    save_model,
+)
+from kdjax.checkpoint.arrays import open_arrays
 from kdjax.config import ModelConfig
 from kdjax.model import bind, init_params, param_shapes
 from kdjax.parallel.mesh import make_mesh, replicated
@@ -104,7 +113,8 @@ class AfterSteps(threading.Event):
 def test_keeps_the_newest_and_the_best_by_the_chosen_metric(tmp_path: Path) -> None:
     """Losses as they fall and rise again; the metric that decides is the configured one."""
     losses, sft_losses = [5.0, 1.0, 3.0, 4.0, 2.0], [1.0, 2.0, 3.0, 4.0, 5.0]
-    for metric, last, best, kept in (("loss", 1, 1, {2, 5}), ("sft_loss", 1, 2, {1, 2, 5}), ("loss", 2, 0, {4, 5})):
+    cases = ("loss", 1, 1, {2, 5}, 2), ("sft_loss", 1, 2, {1, 2, 5}, 1), ("loss", 2, 0, {4, 5}, 5)
+    for metric, last, best, kept, chosen in cases:
         config = configs.replace(
             configs.Config(),
             data__val=("val.jsonl",),
@@ -120,6 +130,14 @@ def test_keeps_the_newest_and_the_best_by_the_chosen_metric(tmp_path: Path) -> N
         checkpoints.wait()
         assert {int(path.name) for path in (workdir / "checkpoints").iterdir()} == kept
         checkpoints.close()
+        (workdir / "config.json").write_text(configs.to_json(config))
+        assert params_directory(workdir) == workdir / "checkpoints" / "5" / "params", "no validation: the last step"
+        with (workdir / "metrics.jsonl").open("w") as file:
+            for step, (loss, sft_loss) in enumerate(zip(losses, sft_losses, strict=True), 1):
+                file.write(json.dumps({"step": step, "split": "val", "loss": loss, "sft_loss": sft_loss}) + "\n")
+                file.write(json.dumps({"step": step, "split": "train", "loss": -step, "sft_loss": -step}) + "\n")
+        assert params_directory(workdir) == workdir / "checkpoints" / str(chosen) / "params", "the best that is kept"
+        assert params_directory(workdir / "checkpoints" / "5") == workdir / "checkpoints" / "5" / "params"
 
 
 def test_a_directory_without_a_model(tmp_path: Path) -> None:
@@ -178,7 +196,7 @@ def test_restores_into_a_tree_of_shardings(tmp_path: Path, tied: bool, keep_laye
 
 def test_a_layer_is_stored_on_its_own(saved: Path) -> None:
     """So that a student of some layers reads these only, and an export holds one at a time."""
-    for name, leaf in open_leaves(saved / "params").items():
+    for name, leaf in open_arrays(saved / "params").items():
         chunk = leaf.store.chunk_layout.read_chunk.shape
         assert chunk == ((1, *leaf.shape[1:]) if name.startswith("layers/") else leaf.shape), name
 
@@ -221,8 +239,8 @@ def test_padding_that_counts_stays(saved: Path) -> None:
     [
         ((0, 2), r"keep_layers = \(0, 2\): there is no layer 2; model.init_from has 2 layers, .* from 0 to 1"),
         ((-1,), r"there is no layer -1"),
-        ((0, 0), r"layer 0 comes twice"),
-        ((), r"none is left"),
+        ((0, 0), r"layer 0 is repeated"),
+        ((), r"it is empty"),
     ],
 )
 def test_layers_that_cannot_be_kept(saved: Path, kept: tuple[int, ...], message: str) -> None:
@@ -252,4 +270,4 @@ def test_a_damaged_array_is_named(saved: Path) -> None:
     with pytest.raises(UserError, match=r"params( is no complete|: \S+ cannot be)(.|\n)*\bbyte range"):
         load_params(saved, MODEL)
     with pytest.raises(UserError, match=r"is no complete Orbax checkpoint"):
-        open_leaves(saved)
+        open_arrays(saved)
