@@ -1,1 +1,1 @@
-"""Several processes as one run: start, rendezvous, watchdog, XLA flags."""
+"""Several processes as one run: start, rendezvous, failures, watchdog, XLA flags."""

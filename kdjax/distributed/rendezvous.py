@@ -1,7 +1,8 @@
-"""Who is there: processes meet at one address before JAX does, so that one that never comes is named.
+"""Brings processes together at one address before JAX connects them, so that a missing process is named.
 
-JAX's own meeting aborts the interpreter when somebody is missing, and does not say who. Here process 0 listens at the
-address that JAX's service is going to have; the others call, say their number and host, and are told how it ended.
+`jax.distributed.initialize` aborts the interpreter when a process is missing, and does not say which. Here process 0
+listens at the address that JAX's coordination service will use; the others connect, send their index and host, and
+receive the outcome.
 """
 
 import contextlib
@@ -14,142 +15,146 @@ from typing import Any
 
 from kdjax.types import UserError
 
-LOOK_EVERY_S = 0.2
-GREETING_S = 5.0  # for a caller's one line: who says nothing is no process of ours, but a port scan, say
-SLACK_S = 30.0  # process 0 may have begun to wait so much later than those who wait for its word
+POLL_S = 0.2
+MESSAGE_TIMEOUT_S = 5.0  # for one line; whoever connects and sends nothing, such as a port scan, is not one of ours
+SLACK_S = 30.0  # process 0 may have begun to wait this much later than the processes that wait for its reply
 
 
-def meet(address: str, processes: int, process: int, patience_s: float) -> None:
-    """Returns on every process once all have come to `address` (HOST:PORT of process 0), which is free again then.
+def wait_for_all(address: str, processes: int, process: int, timeout_s: float) -> None:
+    """Returns on every process once all have connected to `address` (HOST:PORT of process 0), which is then free again.
 
-    Raises UserError where it can be told what is wrong: who is missing, who shares a number, that process 0 cannot be
-    reached. Elsewhere, when process 0 tells it, SystemExit.
+    Raises UserError on the processes that know what is wrong: processes are missing, two share an index, or process 0
+    cannot be reached. Raises SystemExit on those that process 0 sends away, since it prints the reason.
     """
     host, _, port = address.rpartition(":")
     if process == 0:
-        _gather(address, int(port), processes, patience_s)
+        _wait_for_others(address, int(port), processes, timeout_s)
     else:
-        _call(address, host.strip("[]"), int(port), processes, process, patience_s)
+        _connect(address, host.strip("[]"), int(port), processes, process, timeout_s)
 
 
-def _gather(address: str, port: int, processes: int, patience_s: float) -> None:
-    both = socket.has_dualstack_ipv6()  # what JAX's service listens on
-    family = socket.AF_INET6 if both else socket.AF_INET
+def _wait_for_others(address: str, port: int, processes: int, timeout_s: float) -> None:
+    dual = socket.has_dualstack_ipv6()  # IPv4 and IPv6, as JAX's service listens
+    family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        listener = socket.create_server(("", port), family=family, backlog=processes, dualstack_ipv6=both)
+        listener = socket.create_server(("", port), family=family, backlog=processes, dualstack_ipv6=dual)
     except OSError as error:
         raise UserError(
-            f"--coordinator {address}: {os.strerror(error.errno or 0)}; give another port, which in Slurm "
-            "JAX_COORDINATOR_PORT does"
+            f"--coordinator {address}: {os.strerror(error.errno or 0)}; choose another port, under Slurm with the "
+            "variable JAX_COORDINATOR_PORT"
         ) from error
-    here: dict[int, tuple[socket.socket, str]] = {}
-    wrong, end = None, time.monotonic() + patience_s
+    joined: dict[int, tuple[socket.socket, str]] = {}  # connection and host of each process
+    problem, end = None, time.monotonic() + timeout_s
     with listener:
-        listener.settimeout(LOOK_EVERY_S)
-        while len(here) < processes - 1 and wrong is None:
+        listener.settimeout(POLL_S)
+        while len(joined) < processes - 1 and problem is None:
             if time.monotonic() > end:
-                wrong = _missing(address, processes, here, patience_s)
+                problem = _describe_missing(address, processes, joined, timeout_s)
                 break
             with contextlib.suppress(TimeoutError):
-                line, _ = listener.accept()
-                wrong = _admit(line, processes, here)
-            for number in [number for number, (line, _) in here.items() if _has_left(line)]:
-                here.pop(number)[0].close()
-    for line, _ in here.values():
-        with line:
-            _say(line, {"wrong": wrong})
-    if wrong is not None:
-        raise UserError(wrong)
+                connection, _ = listener.accept()
+                problem = _register(connection, processes, joined)
+            for index in [index for index, (connection, _) in joined.items() if _is_closed(connection)]:
+                joined.pop(index)[0].close()
+    for connection, _ in joined.values():
+        with connection:
+            _send(connection, {"problem": problem})
+    if problem is not None:
+        raise UserError(problem)
 
 
-def _admit(line: socket.socket, processes: int, here: dict[int, tuple[socket.socket, str]]) -> str | None:
-    """Takes a caller in. What it says may be wrong for all."""
-    line.settimeout(GREETING_S)
+def _register(connection: socket.socket, processes: int, joined: dict[int, tuple[socket.socket, str]]) -> str | None:
+    """Registers one process. Returns a problem that ends the run if its count or index conflicts with the others'."""
+    connection.settimeout(MESSAGE_TIMEOUT_S)
     try:
-        said = _hear(line)
-        number, host = int(said["process"]), str(said["host"])
+        message = _receive(connection)
+        index, host = int(message["process"]), str(message["host"])
     except (OSError, ValueError, KeyError, TypeError):
-        line.close()
+        connection.close()
         return None
-    earlier, here[number] = here.get(number), (line, host)
-    if said["processes"] != processes:
+    earlier, joined[index] = joined.get(index), (connection, host)
+    if message["processes"] != processes:
         return (
-            f"process {number} on {host} was started as one of {said['processes']}, process 0 as one of {processes}; "
-            "give all the same --processes"
+            f"process {index} on {host} was started with --processes {message['processes']}, process 0 with "
+            f"--processes {processes}; give all processes the same number"
         )
     if earlier is None:
         return None
     with earlier[0]:
-        if _has_left(earlier[0]):  # and was started again
+        if _is_closed(earlier[0]):  # it was ended and started again
             return None
-        wrong = f"two processes have the number {number}, on {earlier[1]} and {host}; give each its own --process"
-        _say(earlier[0], {"wrong": wrong})
-        return wrong
+        problem = f"two processes have index {index}, on {earlier[1]} and {host}; give each its own --process"
+        _send(earlier[0], {"problem": problem})
+        return problem
 
 
-def _missing(address: str, processes: int, here: Mapping[int, tuple[socket.socket, str]], patience_s: float) -> str:
-    absent = [number for number in range(1, processes) if number not in here]
-    came = ", ".join(f"{number} on {host}" for number, (_, host) in sorted(here.items())[:8])
+def _describe_missing(
+    address: str, processes: int, joined: Mapping[int, tuple[socket.socket, str]], timeout_s: float
+) -> str:
+    missing = [index for index in range(1, processes) if index not in joined]
+    hosts = {0: socket.gethostname()} | {index: host for index, (_, host) in sorted(joined.items())}
+    present = ", ".join(f"{index} on {host}" for index, host in list(hosts.items())[:9])
     return (
-        f"{named(absent, processes)} did not come to {address} within {patience_s:g} s (there: 0 on "
-        f"{socket.gethostname()}{', ' + came if came else ''}{', ...' if len(here) > 8 else ''}); look whether "
-        f"{'it was' if len(absent) == 1 else 'they were'} started, what the log there says, and whether a firewall "
-        "keeps that port shut; --join-timeout waits longer"
+        f"{describe_processes(missing, processes)} did not connect to {address} within {timeout_s:g} s (connected: "
+        f"{present}{', ...' if len(hosts) > 9 else ''}); check that "
+        f"{'it was' if len(missing) == 1 else 'they were'} started, what the logs there say, and that no firewall "
+        "blocks the port; --join-timeout waits longer"
     )
 
 
-def _call(address: str, host: str, port: int, processes: int, process: int, patience_s: float) -> None:
+def _connect(address: str, host: str, port: int, processes: int, process: int, timeout_s: float) -> None:
     here = socket.gethostname()
-    greeting, why, end = {"process": process, "processes": processes, "host": here}, "", time.monotonic() + patience_s
+    message = {"process": process, "processes": processes, "host": here}
+    reason, end = "", time.monotonic() + timeout_s
     while time.monotonic() < end:
         try:
-            with socket.create_connection((host, port), timeout=GREETING_S) as line:
-                _say(line, greeting)
-                line.settimeout(patience_s + SLACK_S)
-                wrong = _hear(line)["wrong"]
+            with socket.create_connection((host, port), timeout=MESSAGE_TIMEOUT_S) as connection:
+                _send(connection, message)
+                connection.settimeout(timeout_s + SLACK_S)
+                problem = _receive(connection)["problem"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            why = getattr(error, "strerror", None) or str(error) or "no answer"
-            time.sleep(LOOK_EVERY_S)
+            reason = getattr(error, "strerror", None) or str(error) or "no answer"
+            time.sleep(POLL_S)
             continue
-        if wrong is not None:
+        if problem is not None:
             raise SystemExit(2)
         return
     raise UserError(
-        f"process {process} of {processes}, on {here}, did not reach process 0 at {address} within {patience_s:g} s "
-        f"(at last: {why}); look whether process 0 runs there, what its log says, and whether a firewall keeps that "
-        "port shut; --join-timeout waits longer"
+        f"process {process} of {processes}, on {here}, could not reach process 0 at {address} within {timeout_s:g} s "
+        f"(last error: {reason}); check that process 0 runs there, what its log says, and that no firewall blocks the "
+        "port; --join-timeout waits longer"
     )
 
 
-def _say(line: socket.socket, words: Mapping[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # who has left by now will be missed by JAX
-        line.sendall(json.dumps(words).encode() + b"\n")
+def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # JAX will notice a process that has gone by now
+        connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _hear(line: socket.socket) -> dict[str, Any]:
-    """One line. Raises ValueError for what is none of ours, OSError when the other has left."""
-    with line.makefile("rb") as source:
-        said = source.readline(4096)
-    if not said:
-        raise ConnectionResetError("hung up")
-    words = json.loads(said)
-    if not isinstance(words, dict):
-        raise ValueError("something else answers there")
-    return words
+def _receive(connection: socket.socket) -> dict[str, Any]:
+    """Returns one message. Raises ValueError for what is not one of ours, OSError when the other end has closed."""
+    with connection.makefile("rb") as source:
+        line = source.readline(4096)
+    if not line:
+        raise ConnectionResetError("connection closed")
+    message = json.loads(line)
+    if not isinstance(message, dict):
+        raise ValueError("another program answers there")
+    return message
 
 
-def _has_left(line: socket.socket) -> bool:
-    """Whether the other end has closed, or died."""
-    line.setblocking(False)
+def _is_closed(connection: socket.socket) -> bool:
+    """Returns whether the other end has closed the connection, or died."""
+    connection.setblocking(False)
     try:
-        return line.recv(1, socket.MSG_PEEK) == b""
+        return connection.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
         return False
     except OSError:
         return True
 
 
-def named(numbers: list[int], count: int) -> str:
-    """`processes 1, 3 of 4`, the first eight by number."""
-    few = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-    return f"process{'es' if len(numbers) > 1 else ''} {few} of {count}"
+def describe_processes(indices: list[int], count: int) -> str:
+    """Returns, for example, `processes 1, 3 of 4`; at most eight indices are listed."""
+    few = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+    return f"process{'es' if len(indices) > 1 else ''} {few} of {count}"

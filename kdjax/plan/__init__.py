@@ -1,1 +1,1 @@
-"""`python -m kdjax.plan`: memory, communication and step time of a run on GPUs that are not here."""
+"""`kdjax plan`: memory, communication and step time of a run on GPUs that need not be present."""

@@ -1,4 +1,4 @@
-"""Operations counted on the program itself."""
+"""Counts the operations of a program as JAX traced it."""
 
 import math
 from collections.abc import Callable
@@ -9,10 +9,10 @@ import jax.extend
 
 
 def matmul_flops(f: Callable[..., Any], *arguments: Any) -> int:
-    """Multiplications and additions of all matmuls in `f(*arguments)`, of arrays or their shapes.
+    """Returns the multiplications and additions of all matmuls in `f(*arguments)`, of arrays or their shapes.
 
-    Counted on the jaxpr: a scan's body times its length (XLA's own `cost_analysis` counts it once), both branches of
-    a conditional, one round of a `while` whose length is unknown.
+    They are counted on the jaxpr: a scan's body times its length (XLA's own `cost_analysis` counts it once), both
+    branches of a conditional, and one iteration of a `while` loop, whose length is unknown.
     """
     return _count(jax.make_jaxpr(f)(*arguments).jaxpr)
 

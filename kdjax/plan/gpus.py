@@ -1,9 +1,9 @@
-"""GPUs that programs can be compiled for on a machine without one: memory, collectives and kernels as they will be.
+"""GPUs that programs can be compiled for on a machine without one: the memory, collectives and kernels are real.
 
-`topology("h100", 16)` gives devices for a `jax.sharding.Mesh`; programs are lowered from `jax.ShapeDtypeStruct`s
-that carry its shardings, and `.compile()` yields `memory_analysis()` and the optimised HLO. XLA tunes no GEMM
-without a device, so kernels that it would choose by timing may differ from those of a run. JAX's persistent
-compilation cache does not give such programs back: it warns, and they are compiled again.
+`topology("h100", 16)` has devices for a `jax.sharding.Mesh`. Lower a program from `jax.ShapeDtypeStruct`s with
+shardings on that mesh; `.compile()` then has `memory_analysis()` and the optimised HLO. XLA tunes no GEMM without a
+device, so kernels that it would choose by timing may differ from those of a run. JAX's persistent compilation cache
+cannot return such programs: it warns and compiles them again.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ DEVICES_PER_HOST = 8  # of the HGX and DGX boards these GPUs are sold on
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A GPU as XLA's compiler knows it. The figures are those of XLA's own `target_config` specifications; the last
-    three, which XLA does not ask for, are of NVIDIA's data sheets for the GPUs and for DGX A100, H100, H200 and B200.
+    """A GPU as XLA's compiler knows it. The figures are from XLA's own `target_config` specifications; the last three,
+    which XLA does not use, are from NVIDIA's data sheets for the GPUs and for DGX A100, H100, H200 and B200.
     """
 
     description: str
     compute_capability: int  # the major version; the minor one is 0
-    accelerated_features: bool  # whether code for exactly this architecture (sm_90a) is allowed
+    accelerated_features: bool  # whether code for this architecture only (sm_90a) is allowed
     cores: int  # streaming multiprocessors
     fpus_per_core: int
     clock_rate_ghz: float
@@ -35,10 +35,10 @@ class Target:
     shared_memory_per_block_optin: int  # bytes
     peak: float  # operations/s, dense bfloat16
     nvlink: float  # bytes/s in one direction, to the GPUs of the same host
-    port: float  # bytes/s in one direction, to other hosts: one InfiniBand port a GPU
+    port: float  # bytes/s in one direction, to other hosts: one InfiniBand port per GPU
 
     def config(self) -> str:
-        """XLA's GpuTargetConfigProto, as text."""
+        """Returns XLA's GpuTargetConfigProto, as text."""
         extension = "ACCELERATED_FEATURES" if self.accelerated_features else "NONE"
         return f"""
             gpu_device_info {{
@@ -122,18 +122,18 @@ TARGETS = {
 
 
 def topology(name: str, devices: int) -> topologies.TopologyDescription:
-    """`devices` GPUs of the kind `name` (a key of `TARGETS`), eight a host, to compile for and not to run on.
+    """Returns `devices` GPUs of the kind `name` (a key of `TARGETS`), eight per host, to compile for.
 
-    Raises:
-      UserError: an unknown kind, a number of devices that fills no hosts, or the compiler is not installed.
+    Raises UserError for an unknown kind, for a number of devices that is neither part of a host nor several whole
+    hosts, or when the compiler is not installed.
     """
     if name not in TARGETS:
-        raise UserError(f"{name!r} is no GPU that kdjax knows; choose one of {', '.join(map(repr, TARGETS))}")
+        raise UserError(f"{name!r} is not a GPU that kdjax knows; choose one of {', '.join(map(repr, TARGETS))}")
     per_host = min(devices, DEVICES_PER_HOST)
     if devices < 1 or devices % per_host:
         nearest = max(1, round(devices / DEVICES_PER_HOST)) * DEVICES_PER_HOST
         raise UserError(
-            f"{devices} devices are neither part of a host of {DEVICES_PER_HOST} nor several whole ones;"
+            f"{devices} devices are neither part of a host of {DEVICES_PER_HOST} nor several whole hosts;"
             f" give 1 to {DEVICES_PER_HOST}, or {nearest}"
         )
     try:
@@ -143,5 +143,5 @@ def topology(name: str, devices: int) -> topologies.TopologyDescription:
     except NotImplementedError as error:
         raise UserError(
             f"JAX {jax.__version__} found no CUDA compiler: pip install 'kdjax[aot]' (jax-cuda12-plugin and"
-            f" jax-cuda12-pjrt {jax.__version__}), and where there is no GPU set JAX_PLATFORMS=cpu before starting"
+            f" jax-cuda12-pjrt {jax.__version__}), and set JAX_PLATFORMS=cpu where there is no GPU"
         ) from error

@@ -3,41 +3,39 @@
 from typing import Any
 
 from kdjax.plan.gpus import DEVICES_PER_HOST
-from kdjax.plan.roofline import FITS, Plan
+from kdjax.plan.roofline import USABLE_MEMORY, Plan
+from kdjax.types import GIB, MIB
 
-MIB, GIB = 2**20, 2**30
 
-
-def tell(plan: Plan) -> str:
-    """The plan in words and numbers."""
-    config, card, schedule = plan.config, plan.card.memory, plan.schedule
-    sizes = " x ".join(f"{axis} {size}" for axis, size in plan.shape.items())
+def render(plan: Plan) -> str:
+    """Returns the plan as lines of text."""
+    config, capacity, schedule = plan.config, plan.gpu.memory, plan.schedule
+    sizes = " x ".join(f"{axis} {size}" for axis, size in plan.mesh_shape.items())
     lines = [
-        f"{plan.devices} x {plan.card.description}; mesh {sizes}; {config.batch.global_size} rows of "
-        f"{config.data.sequence_length} a step, {config.batch.microbatch_size} at once; remat {config.model.remat}; "
-        f"XLA flags {plan.flags}; compiled in {plan.compile_s:.0f} s",
+        f"{plan.devices} x {plan.gpu.description}; mesh {sizes}; global batch {config.batch.global_size} x "
+        f"{config.data.sequence_length} tokens, microbatch {config.batch.microbatch_size} x "
+        f"{config.data.sequence_length}; remat {config.model.remat}; XLA flags {plan.flags}; compiled in "
+        f"{plan.compile_s:.0f} s",
         "",
-        "memory of a device",
+        "memory per device",
     ]
-    for name, size in [*plan.memory.items(), ("in all", plan.nbytes)]:
-        lines.append(f"  {name:34}{size / GIB:8.2f} GiB{size / card:7.0%}")
+    for name, size in [*plan.memory.items(), ("total", plan.total_bytes)]:
+        lines.append(f"  {name:34}{size / GIB:8.2f} GiB{size / capacity:7.0%}")
     verdict = "fits" if plan.fits else "DOES NOT FIT"
+    lines += [f"  {verdict}; limit: {USABLE_MEMORY:.0%} of {capacity / GIB:.1f} GiB", ""]
+    lines += ["collectives per step and device", *(_collective_lines(plan) or ["  none"])]
+    redone = "recomputation and bubble" if schedule.stages > 1 else "recomputation"
+    bound_s = plan.lower_bound_s
+    split = f"{plan.hidden_s:.3f} s hidden, {plan.exposed_s:.3f} s exposed"
     lines += [
-        f"  {verdict}: {FITS:.0%} of {card / GIB:.1f} GiB are to be had",
         "",
-        "collectives of a step, on a device",
-    ]
-    lines += _tell_collectives(plan) or ["  none"]
-    lines += [
-        "",
-        "a step, estimated from a roofline (see --help), not measured",
-        f"  matmuls        {plan.matmul_s:9.3f} s  {plan.flops / 1e12:.1f} TFLOP a device, recomputation"
-        f"{' and bubble' if schedule.stages > 1 else ''} included",
-        f"  compute        {plan.compute_s:9.3f} s  all kernels, matmuls among them",
-        f"  communication  {plan.wire_s:9.3f} s  of which {plan.hidden_s:.3f} s hidden, {plan.exposed_s:.3f} s exposed",
-        f"  step           {plan.step_s:9.3f} s  as scheduled: compute + exposed; at best {plan.best_s:.3f} s",
-        f"  tokens/s       {plan.tokens / plan.step_s:9,.0f}    at best {plan.tokens / plan.best_s:,.0f}",
-        f"  MFU            {plan.mfu:9.1%}    model operations, nothing computed twice, at the card's bfloat16 peak",
+        "step time, estimated from a roofline (see --help), not measured",
+        f"  matmuls        {plan.matmul_s:9.3f} s  {plan.flops / 1e12:.1f} TFLOP per device, with {redone}",
+        f"  compute        {plan.compute_s:9.3f} s  all kernels, including matmuls",
+        f"  communication  {plan.communication_s:9.3f} s  of which {split}",
+        f"  step           {plan.step_s:9.3f} s  compute + exposed communication; lower bound {bound_s:.3f} s",
+        f"  tokens/s       {plan.tokens / plan.step_s:9,.0f}    upper bound {plan.tokens / bound_s:,.0f}",
+        f"  MFU            {plan.mfu:9.1%}    of the GPU's bfloat16 peak, model operations without recomputation",
     ]
     if schedule.stages > 1:
         lines.append(
@@ -47,24 +45,25 @@ def tell(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _tell_collectives(plan: Plan) -> list[str]:
-    """A table: what is sent over which axes of the mesh, how often, how much of it hidden behind compute."""
+def _collective_lines(plan: Plan) -> list[str]:
+    """Returns a table of what is sent over which mesh axes, how often, and how much of it compute hides."""
     rows: dict[tuple[Any, ...], list[float]] = {}
     for c in plan.collectives:
-        key = (c.kind, c.axes(plan.shape), c.spans(DEVICES_PER_HOST), c.in_loop, c.overlapped)
+        key = (c.kind, c.axes(plan.mesh_shape), c.spans_hosts(DEVICES_PER_HOST), c.in_loop, c.is_overlapped)
         row = rows.setdefault(key, [0, 0, 0, 0])
-        for i, more in enumerate((c.times, c.wire_bytes, plan.sent_s(c), plan.hidden_part_s(c))):
+        for i, more in enumerate((c.times, c.sent_bytes, plan.collective_s(c), plan.collective_hidden_s(c))):
             row[i] += more
     loop = "in ticks" if plan.schedule.stages > 1 else "in microbatches"
-    lines, rest = list[str](), 0
-    for (kind, axes, across, in_loop, overlapped), (times, nbytes, sent, hidden) in sorted(
+    lines, small = list[str](), 0
+    for (kind, axes, across, in_loop, is_overlapped), (times, nbytes, seconds, hidden) in sorted(
         rows.items(), key=lambda row: -row[1][2]
     ):
         if nbytes < MIB:
-            rest += round(times)
+            small += round(times)
             continue
-        over, where, often = " x ".join(axes), "across hosts" if across else "of a host", loop if in_loop else "a step"
-        beside = f"overlapped, {hidden / sent if sent else 0:4.0%} hidden" if overlapped else "exposed"
-        told = f"  {kind:19}over {over:20}{where:13}{times:6.0f} times {often:15}{nbytes / GIB:9.3f} GiB sent"
-        lines.append(f"{told}{sent:9.4f} s  {beside}")
-    return [*lines, f"  and {rest} times less than a MiB"] if rest else lines
+        over, where = " x ".join(axes), "across hosts" if across else "within a host"
+        when = loop if in_loop else "per step"
+        overlap = f"overlapped, {hidden / seconds if seconds else 0:4.0%} hidden" if is_overlapped else "exposed"
+        line = f"  {kind:19}over {over:20}{where:14}{times:6.0f} times {when:15}{nbytes / GIB:9.3f} GiB sent"
+        lines.append(f"{line}{seconds:9.4f} s  {overlap}")
+    return [*lines, f"  and {small} that send less than 1 MiB"] if small else lines

@@ -1,66 +1,106 @@
-"""What ends a run that stands still, and leaves alone one that moves."""
+"""The watchdog: it ends a run that hangs, and leaves alone one that makes progress."""
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from kdjax.distributed import processes
-from kdjax.distributed.watchdog import Hung, Watchdog
+import jax
+import pytest
+import toy_problem as toy
+from launching import ROOT, write_config
 
-ROOT = Path(__file__).parent.parent.parent
+import kdjax.train
+from kdjax.distributed import processes, watchdog
+from kdjax.distributed.cluster import HANG_EXIT_CODE
+from kdjax.distributed.watchdog import HangError, Watchdog
 
 
-def test_it_waits_for_the_first_move_and_for_as_long_as_there_are_more() -> None:
-    ended: list[Hung] = []
-    watchdog = Watchdog(1, ended.append)
-    time.sleep(1.7)
-    for _ in range(17):
-        watchdog.moved("a step")
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "POLL_S", 0.05)
+
+
+def test_it_waits_for_the_first_progress_and_as_long_as_there_is_more() -> None:
+    hangs: list[HangError] = []
+    dog = Watchdog(0.4, hangs.append)
+    time.sleep(0.6)
+    for _ in range(6):
+        dog.record_progress("a step")
         time.sleep(0.1)
-    assert ended == []
-    watchdog.moved("the last step")
-    time.sleep(1.7)
-    watchdog.stop()
-    (hung,) = ended
-    assert str(hung).startswith("nothing has moved for 1 s (--step-timeout) since the last step\nin MainThread:\n")
-    assert "time.sleep(1.7)" in str(hung)
-    assert "in kdjax-watch" not in str(hung)
+    assert hangs == []
+    dog.record_progress("the last step")
+    time.sleep(0.6)
+    dog.stop()
+    (hang,) = hangs
+    assert str(hang).startswith("no progress for 0.4 s (--step-timeout) since the last step\nin MainThread:\n")
+    assert "time.sleep(0.6)" in str(hang)
+    assert "in kdjax-watch" not in str(hang)
 
 
-def test_after_a_stop_nothing_ends() -> None:
-    """Not from Python either: the timer in C would end pytest."""
-    ended: list[Hung] = []
-    watchdog = Watchdog(0.2, ended.append)
-    watchdog.moved("a step")
-    watchdog.stop()
-    time.sleep(1)
-    assert ended == []
+def test_a_stopped_watchdog_ends_nothing() -> None:
+    """Not from Python and not from faulthandler, which would end pytest."""
+    hangs: list[HangError] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watchdog, "GIL_GRACE_S", 0.1)
+        dog = Watchdog(0.2, hangs.append)
+        dog.record_progress("a step")
+        dog.stop()
+    time.sleep(0.5)
+    assert hangs == []
 
 
-def alone(step_s: str, then: str) -> subprocess.CompletedProcess[str]:
-    """A process on its own that moves once and then does that."""
+def test_a_single_process_is_watched_only_when_asked_for() -> None:
+    for timeout_s in (None, 0):
+        with processes.joined(None, step_timeout_s=timeout_s):
+            watchdog.record_progress("nobody listens")
+            assert watchdog.active() is None
+    with processes.joined(None, step_timeout_s=60):
+        assert watchdog.active() is not None
+    assert watchdog.active() is None
+
+
+def test_training_records_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[str] = []
+    monkeypatch.setattr(watchdog, "record_progress", recorded.append)
+    kdjax.train.run(toy.config(tmp_path), tmp_path / "run", devices=jax.devices()[:1])
+
+    def validation(steps: int) -> list[str]:
+        return [f"a batch of the validation after {steps} steps"] * 2
+
+    def dispatches(*steps: int) -> list[str]:
+        return [f"the dispatch of step {step}" for step in steps]
+
+    first = [*validation(0), "the start", *dispatches(0, 1, 2, 3), *validation(4), "the end of step 3"]
+    assert recorded == [*first, *dispatches(4, 5, 6, 7), *validation(8), "the end of step 7"]
+
+
+def test_a_training_run_that_hangs_ends_with_its_stack(tmp_path: Path) -> None:
+    """A single process; --step-timeout reaches its watchdog."""
+    file = write_config(tmp_path, val=())
+    hang = "import sys, time\nsys.modules['__main__'].train_batches = lambda *args, **kwargs: time.sleep(99)\n"
+    file.write_text(hang + file.read_text())
+    words = ["--config", str(file), "--workdir", str(tmp_path / "run"), "--step-timeout", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "kdjax.train", *words], cwd=ROOT, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == HANG_EXIT_CODE, done.stderr
+    assert "error: no progress for 1 s (--step-timeout) since the start\nin MainThread:\n" in done.stderr
+    assert "time.sleep(99)" in done.stderr
+
+
+def test_a_process_that_holds_pythons_lock_is_ended_too() -> None:
     program = (
         "import ctypes, time\n"
-        "from kdjax import processes, watchdog\n"
-        "watchdog.PYTHON_S = 1\n"
-        f"with processes.together(None, step_s={step_s}):\n"
-        "    processes.moved('step 7')\n"
-        f"    {then}\n"
+        "from kdjax.distributed import processes, watchdog\n"
+        "watchdog.GIL_GRACE_S = 1\n"
+        "with processes.joined(None, step_timeout_s=1):\n"
+        "    watchdog.record_progress('step 7')\n"
+        "    ctypes.PyDLL(None).sleep(60)\n"
     )
-    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True, check=False)
-
-
-def test_a_process_on_its_own_is_watched_when_asked_for() -> None:
-    done = alone("1", "time.sleep(60)")
-    assert done.returncode == processes.HUNG
-    assert "error: nothing has moved for 1 s (--step-timeout) since step 7\nin MainThread:\n" in done.stderr
-    assert alone("None", "time.sleep(3)").returncode == 0
-    assert alone("0", "time.sleep(3)").returncode == 0
-
-
-def test_one_that_holds_python_is_ended_too() -> None:
-    done = alone("1", "ctypes.PyDLL(None).sleep(60)")
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, text=True, capture_output=True, check=False)
     assert done.returncode == 1
     assert "Timeout (0:00:02)!" in done.stderr
     assert 'File "<string>", line 6 in <module>' in done.stderr

@@ -1,11 +1,9 @@
-"""The sets of XLA's flags: this jaxlib knows each one, and they change what they are there for."""
+"""The sets of XLA flags: this jaxlib knows each flag, and the sets have the effects they are there for."""
 
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,73 +11,91 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from launching import ROOT
 
-from kdjax.distributed import xla_flags
+from kdjax.distributed import jax_private, xla_flags
 from kdjax.plan.gpus import topology
 from kdjax.types import UserError
 
-ROOT = Path(__file__).parent.parent.parent
-CHOSEN = "import jax; from kdjax import xla_flags; xla_flags.choose({name!r}, 1); print(jax.jit(lambda x: x + 1)(1))"
 
-
-@pytest.mark.parametrize("name", [name for name in xla_flags.SETS if name != "none"])
-def test_jax_starts_with_each_set(name: str) -> None:
-    """An unknown flag would end it."""
-    run = [sys.executable, "-c", CHOSEN.format(name=name)]
-    done = subprocess.run(run, cwd=ROOT, text=True, capture_output=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
-
-
-def test_an_unknown_flag_would_be_seen() -> None:
-    run = [sys.executable, "-c", "import jax; print(jax.jit(lambda x: x + 1)(1))"]
-    flags = os.environ["XLA_FLAGS"] + " --xla_gpu_no_such_flag=true"
-    done = subprocess.run(run, env=os.environ | {"XLA_FLAGS": flags}, text=True, capture_output=True, check=False)
-    assert done.returncode != 0
-    assert "xla_gpu_no_such_flag" in done.stderr
+def test_jax_starts_with_every_flag() -> None:
+    """An unknown flag would end it, as the last one shows."""
+    program = (
+        "import os, jax; from kdjax.distributed import xla_flags\n"
+        "for name in xla_flags.FLAG_SETS: xla_flags.apply(name, 1)\n"
+        "print(jax.jit(lambda x: x + 1)(1))"
+    )
+    known, unknown = (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=False)
+        for code in (program, f"import os; os.environ['XLA_FLAGS'] += ' --xla_gpu_no_such_flag=true'\n{program}")
+    )
+    assert (known.returncode, known.stdout) == (0, "2\n"), known.stderr
+    assert unknown.returncode != 0
+    assert "xla_gpu_no_such_flag" in unknown.stderr
 
 
 @pytest.fixture
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if JAX had not looked for devices yet."""
-    monkeypatch.setattr(xla_flags.xla_bridge, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(jax_private, "backends_are_initialized", lambda: False)
 
 
-def test_what_the_user_set_stays(early: None) -> None:
+def test_flags_that_the_user_set_stay(early: None) -> None:
     environment = {"XLA_FLAGS": "--xla_gpu_enable_pipelined_all_gather=false --xla_dump_to=d"}
-    assert xla_flags.choose("overlap", 1, environment) == "overlap"
+    assert xla_flags.apply("overlap", 1, environment) == "overlap"
     words = environment["XLA_FLAGS"].split()
     assert words[:2] == ["--xla_gpu_enable_pipelined_all_gather=false", "--xla_dump_to=d"]
     assert "--xla_gpu_enable_pipelined_reduce_scatter=true" in words
     assert "--xla_gpu_all_gather_combine_threshold_bytes=536870912" in words
-    assert len({word.partition("=")[0] for word in words}) == len(words) == len(xla_flags.SETS["overlap"]) + 1
+    assert len({word.partition("=")[0] for word in words}) == len(words) == len(xla_flags.FLAG_SETS["overlap"]) + 1
 
 
-def test_what_is_chosen_is_said(early: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(xla_flags, "_has_gpu", lambda: True)
+def test_the_default_set_is_logged(
+    early: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(xla_flags, "_expects_gpu", lambda: True)
     with caplog.at_level("INFO", "kdjax"):
-        assert [xla_flags.choose(None, pipe, {}) for pipe in (1, 2)] == ["overlap", "pipeline"]
+        assert [xla_flags.apply(None, pipe, {}) for pipe in (1, 2)] == ["overlap", "pipeline"]
     assert "XLA flags of pipeline (--xla is not set): --xla_gpu_enable_latency_hiding_scheduler=true" in caplog.text
-    monkeypatch.setattr(xla_flags, "_has_gpu", lambda: False)
-    for asked, expected in ((None, "none"), ("deterministic", "deterministic"), ("none", "none")):
+    monkeypatch.setattr(xla_flags, "_expects_gpu", lambda: False)
+    for name, expected in ((None, "none"), ("deterministic", "deterministic"), ("none", "none")):
         environment: dict[str, str] = {}
-        assert xla_flags.choose(asked, 2, environment) == expected
+        assert xla_flags.apply(name, 2, environment) == expected
         assert bool(environment) == (expected != "none")
 
 
 def test_a_file_of_flags_is_not_added_to(early: None) -> None:
     with pytest.raises(UserError, match=r"--xla overlap: XLA_FLAGS = flags.txt is a file; add --xla_gpu_enable_lat"):
-        xla_flags.choose("overlap", 1, {"XLA_FLAGS": "flags.txt"})
-    assert xla_flags.choose("none", 1, {"XLA_FLAGS": "flags.txt"}) == "none"
+        xla_flags.apply("overlap", 1, {"XLA_FLAGS": "flags.txt"})
+    assert xla_flags.apply("none", 1, {"XLA_FLAGS": "flags.txt"}) == "none"
 
 
-def test_no_gpu_is_expected_where_jax_is_told_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xla_flags.hardware_utils, "has_visible_nvidia_gpu", lambda: True)
-    assert not xla_flags._has_gpu()  # JAX_PLATFORMS=cpu, see conftest.py
-    jax.config.update("jax_platforms", "cuda,cpu")
+@pytest.mark.parametrize(
+    ("platforms", "is_visible", "expected"),
+    [("cpu", True, False), ("cuda,cpu", True, True), ("gpu", True, True), ("", True, True), ("cuda", False, False)],
+)
+def test_a_gpu_is_expected_where_jax_may_use_one(
+    platforms: str, is_visible: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax_private, "has_visible_nvidia_gpu", lambda: is_visible)
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", platforms)
     try:
-        assert xla_flags._has_gpu()
+        assert xla_flags._expects_gpu() == expected
     finally:
-        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_platforms", before)
+
+
+def test_renamed_compiler_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX 0.12 has one mode for each kind of pipelined collective; every other option keeps its name."""
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 9))
+    assert xla_flags.compiler_options("overlap") == xla_flags.FLAG_SETS["overlap"]
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    renamed = xla_flags.compiler_options("overlap")
+    assert renamed["xla_gpu_pipeline_all_gather"] == "COLLECTIVE_PIPELINING_MODE_ON"
+    assert "xla_gpu_enable_pipelined_all_gather" not in renamed
+    assert renamed["xla_gpu_all_gather_combine_threshold_bytes"] == 2**29
+    assert len(renamed) == len(xla_flags.FLAG_SETS["overlap"])
 
 
 LAYERS, WIDTH = 4, 1024
@@ -90,7 +106,7 @@ def compiled(name: str, function: Callable[..., Any], *arguments: Any) -> str:
 
 
 def layers_in_shards(kind: str, name: str) -> str:
-    """Two matmuls a layer, the weights gathered in the loop, and their gradients scattered."""
+    """Compiles two matmuls per layer, with weights gathered in the loop and their gradients scattered."""
     mesh = jax.sharding.Mesh(np.array(topology(kind, 8).devices), ("x",))
 
     def at(*axes: str | None) -> NamedSharding:
@@ -114,7 +130,7 @@ def layers_in_shards(kind: str, name: str) -> str:
 
 
 def chain_of_stages(kind: str, name: str) -> str:
-    """Each stage sends what it computed to the next, in a scan."""
+    """Compiles a scan in which each stage sends its result to the next."""
     stages = 4
     mesh = jax.sharding.Mesh(np.array(topology(kind, stages).devices), ("x",))
 
@@ -137,7 +153,7 @@ def chain_of_stages(kind: str, name: str) -> str:
 
 
 def hidden_behind(hlo: str) -> dict[str, list[int]]:
-    """For each kind of collective how many matmuls stand between the starts and the ends of those in loops."""
+    """Returns, for each kind of collective in a loop, the number of matmuls between each start and its end."""
     found: dict[str, list[int]] = {}
     running: dict[str, int] = {}
     for line in hlo.partition("\nENTRY")[0].splitlines():
@@ -171,7 +187,7 @@ def test_pipeline_sends_to_the_next_stage_while_computing() -> None:
 
 @pytest.mark.usefixtures("compiler", "uncached")
 def test_deterministic_adds_without_atomics() -> None:
-    """Gradients of an embedding: rows are added where several tokens are the same."""
+    """The gradient of an embedding: rows are added where a token occurs several times."""
 
     def gradient(ids: Any, rows: Any) -> Any:
         return jnp.zeros((1000, 64)).at[ids].add(rows)
