@@ -233,5 +233,5 @@ def _refuse_probabilities(values_SxK: np.ndarray, unmasked_S: np.ndarray) -> Non
 
 def _mass(logits_SxK: np.ndarray, lse_Sx1: np.ndarray | float) -> np.ndarray:
     """Returns the sum of exp(logit - lse) at each position, inf where it overflows float32."""
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore"):
         return np.exp(logits_SxK - lse_Sx1).sum(axis=1)

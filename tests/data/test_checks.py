@@ -14,6 +14,7 @@ from kdjax.config import DataConfig
 from kdjax.data import Record, RecordError
 from kdjax.data.checks import Findings, Requirements, check
 from kdjax.data.records import decode
+from kdjax.data.repair import merge_duplicates, sort_entries
 from kdjax.types import UserError
 
 NAN, INF = math.nan, math.inf
@@ -59,7 +60,12 @@ def test_the_smallest_records(length, top_k):
         ("topk_logits", (3, 2), NAN, ["topk_logits[3][2] = nan at an unmasked position", "data.max_bad_records"]),
         ("topk_logits", (3, 0), INF, ["topk_logits[3][0] = inf at an unmasked position"]),
         ("topk_logits", (3, 0), 1e39, ["topk_logits[3][0] = inf"]),
-        ("topk_logits", (3,), [-INF] * 5, ["topk_logits[3] = [-inf", "no finite entry", "mask the position"]),
+        (
+            "topk_logits",
+            (3,),
+            [-INF] * 5,
+            ["topk_logits[3] = [-inf, -inf, -inf, -inf, -inf] has no finite entry", "mask the position"],
+        ),
         ("log_sum_exp_logits", (3,), NAN, ["log_sum_exp_logits[3] = nan"]),
         ("log_sum_exp_logits", (3,), -INF, ["log_sum_exp_logits[3] = -inf"]),
         ("loss_mask", (3,), 2, ["loss_mask[3] = 2; it must be 0 or 1"]),
@@ -116,8 +122,9 @@ def test_a_masked_token_that_later_positions_read_must_be_in_the_vocabulary():
     stored = damaged("tokens", 5, value=VOCAB)
     stored["loss_mask"][5] = 0
     assert f"tokens[5] = {VOCAB}" in refusal(stored)
+    stored["tokens"][0] = -1
     record, findings = checked(stored | {"loss_mask": [0] * 23})  # none is read
-    assert record.tokens[5] == 0
+    assert record.tokens[0] == record.tokens[5] == 0
     assert findings == Findings()
 
 
@@ -147,6 +154,9 @@ def test_rows_are_sorted_with_their_ids():
         assert part in message
     stored["topk_logits"][3] = [0.0, -0.5, -3.0, -1.0, 0.0]
     assert "topk_logits[3] is not in descending order (entry 2 is -3, entry 3 is -1)" in refusal(stored, strict=True)
+    stored["topk_logits"][3], stored["topk_logits"][9] = [0.0, 0.0, -3.0, -1.0, -4.0], [-1.0, 0.0, -2.0, -3.0, -4.0]
+    assert "topk_logits[3] is not in descending order (entry 2 is -3, entry 3 is -1)" in refusal(stored, strict=True)
+    assert checked(stored)[1].unsorted == 2
 
 
 def test_sorting_keeps_the_order_of_equals():
@@ -177,6 +187,27 @@ def test_duplicate_ids_are_merged_by_their_probability():
 def test_merging_keeps_the_order_of_equals():
     record, _ = checked(with_rows([0.0] * 6) | {"topk_token_ids": [[9, 7, 9, 8, 5, 6]]})
     assert record.topk_token_ids[0].tolist() == [9, 5, 6, 7, 8, 0]
+
+
+@pytest.mark.parametrize("logits", [[-1.0, 0.0], [0.0, -1.0]])
+def test_repairs_leave_their_input_alone(logits):
+    given = np.array([logits, [-2.0, -3.0]], np.float32), np.array([[7, 7], [5, 6]], np.int32)
+    before = [array.copy() for array in given]
+    sort_entries(*given, strict=False)
+    _, _, count = merge_duplicates(*given, np.array([True, True]), strict=False)
+    assert count == 1
+    for array, copy in zip(given, before, strict=True):
+        np.testing.assert_array_equal(array, copy)
+
+
+@pytest.mark.parametrize("present", range(1, 5))
+def test_absent_entries_are_no_duplicates(present):
+    row = [float(-k) for k in range(present)] + [-INF] * (5 - present)
+    for first in range(5):
+        stored = with_rows(row) | {"topk_token_ids": [[first + k for k in range(present)] + [first] * (5 - present)]}
+        record, findings = checked(stored, strict=True)
+        assert findings.duplicates == 0
+        assert record.topk_token_ids[0, :present].tolist() == [first + k for k in range(present)]
 
 
 def test_absent_entries_may_have_any_id():
@@ -224,7 +255,10 @@ def test_a_probability_of_0_is_an_absent_entry():
     stored["topk_logits"][3] = [0.5, 0.25, 0.0, 0.0, 0.0]
     record, _ = checked(stored, kind="probs")
     np.testing.assert_allclose(record.topk_logits[3], [math.log(0.5), math.log(0.25), -INF, -INF, -INF])
-    stored["topk_logits"][3] = [0.0] * 5
+    stored["topk_logits"][3], stored["topk_token_ids"][3] = [0.5, 0.25], [7, 8]  # fewer than the other positions
+    record, _ = checked(stored, kind="probs")
+    np.testing.assert_allclose(record.topk_logits[3], [math.log(0.5), math.log(0.25), -INF, -INF, -INF])
+    stored["topk_logits"][3], stored["topk_token_ids"][3] = [0.0] * 5, [1, 2, 3, 4, 5]
     assert "topk_logits[3] has no probability above 0 at an unmasked position" in refusal(stored, kind="probs")
     stored["topk_logits"][3] = [-0.5] * 5
     assert "topk_logits[3][0] = -0.5 is not a probability" in refusal(stored, kind="probs")
@@ -242,6 +276,8 @@ def test_a_probability_of_0_is_an_absent_entry():
         (as_kind("log_probs"), "probs", ["is not a probability", "data.kind=log_probs"]),
         (damaged("log_sum_exp_logits", 3, value=-9.0), "logits", ["log_sum_exp_logits[3] = -9", "same amount"]),
         (with_rows([0.9, 0.6]), "probs", ["topk_logits[0], read as probabilities", "sums to 1.5, above 1"]),
+        (with_rows([1.06, 0.0]), "probs", ["topk_logits[0][0] = 1.06 is not a probability"]),
+        (with_rows([200.0, 0.0]), "log_probs", ["topk_logits[0], read as log-probabilities", "sums to inf, above 1"]),
     ],
 )
 def test_values_of_another_kind_than_declared(stored, kind, parts):
@@ -333,7 +369,8 @@ def test_ids_of_another_vocabulary_are_ignored(tmp_path):
     dataset = open_records(tmp_path, records, ignore_teacher_ids=True)
     assert dataset[0].topk_token_ids.tolist() == [[0, 0, 0, VOCAB - 1, VOCAB - 1]] * 23
     np.testing.assert_allclose(dataset[0].topk_logits, records[0]["topk_logits"], rtol=1e-6)
-    assert not [said for said in dataset.summary() if "most likely token" in said]
+    assert not [text for text in dataset.summary() if "most likely token" in text]
+    assert not dataset.warnings  # about ids that occur more than once
     with pytest.raises(UserError, match=r"a.jsonl, record 1: topk_token_ids\[0\]\[0\] = 100000"):
         open_records(tmp_path, records)
 

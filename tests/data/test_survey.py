@@ -148,8 +148,8 @@ def test_the_share_of_labels_that_follow(counts, outcome):
         # Near chance at every shift.
         ({"agreeing": (15, 0, 0)}, "warning"),
         ({"agreeing": (16, 0, 0)}, None),
-        ({"agreeing": (9, 0, 0), "comparable": (500, 500, 500)}, "warning"),
-        ({"agreeing": (9, 0, 0), "comparable": (499, 499, 499)}, None),  # too few to say
+        ({"agreeing": (9, 0, 0), "comparable": (500, 400, 400)}, "warning"),
+        ({"agreeing": (9, 0, 0), "comparable": (499, 600, 600)}, None),  # too few to say
     ],
 )
 def test_how_far_the_teacher_agrees_with_the_labels(counts, outcome):
@@ -198,6 +198,7 @@ def test_surveys_add_up():
     b = Survey(10, 20, 30, 40, 50, (60, 70, 80), (90, 100, 110), Findings(10), 2, 7, 1)
     assert a + b == Survey(11, 22, 33, 44, 55, (66, 77, 88), (99, 110, 121), Findings(11), 2, 7, 1)
     assert Survey() + a == a + Survey() == a
+    assert Survey() + Survey() == Survey()
 
 
 def test_records_are_surveyed_evenly(tmp_path):
