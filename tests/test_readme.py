@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toy_problem as toy
+from test_layers import LAYERS
 
+from kdjax import cli
 from kdjax import config as configs
 from kdjax.config import command_line
 from kdjax.train import run
@@ -38,6 +40,25 @@ def test_commands_exist() -> None:
             assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
         for key in re.findall(r"--config\.([\w.]+)", command):
             assert key in configs.KNOBS, key
+        for name in re.findall(r"^kdjax (\w+)", command):
+            assert name in cli.COMMANDS, name
+        for recipe in re.findall(r"--config (\w+)", command):
+            assert recipe in command_line.recipes(), recipe
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))])
+def test_files_that_pages_name_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", text):
+        assert (page.parent / link).exists(), link
+    for name in re.findall(r"(?<![\w/])((?:kdjax|tests|scripts|configs|docs|data)/[\w./]*\w)", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_layers_that_contributing_lists_are_those_of_the_test() -> None:
+    rows = re.findall(r"^ *\| \d+ \| ([^|]+) \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    listed = [name.rstrip("/") for row in reversed(rows) for name in reversed(re.findall(r"`([\w/]+)`", row))]
+    assert listed == [name for name in LAYERS if name != "kdjax"]
 
 
 def test_named_knobs_and_choices_exist() -> None:
