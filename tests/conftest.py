@@ -34,7 +34,7 @@ def compiler() -> None:
 
 @pytest.fixture
 def uncached() -> Iterator[None]:
-    """Turns the compilation cache off: JAX writes programs for absent GPUs to it, then warns that it cannot read them."""
+    """Turns the compilation cache off: JAX would write programs for absent GPUs to it, then fail to read them."""
     import jax
 
     threshold = "jax_persistent_cache_min_compile_time_secs"

@@ -1,9 +1,9 @@
-"""One training step, kdjax against eager torch: time and memory, in one table.
+"""Measures one training step of kdjax and of eager torch: time and memory, in one table.
 
 Both sides make the same update of the same student (configs/quickstart.py: 8 x 128 tokens, vocabulary 49,152,
 float32, forward KL on the renormalised top-16 plus 0.4 of cross-entropy, AdamW) on the bundled records, with all
-cores. The sides alternate, each in a fresh process: memory peaks are each side's own, and whatever else the machine
-does hits both. The torch side is scripts/benchmarks/torch_peer.py.
+cores. The sides alternate, each in a fresh process, so that memory peaks are separate and other load on the machine
+affects both. The torch side is scripts/benchmarks/torch_peer.py.
 
     python scripts/benchmarks/bench_step.py                                   # torch in this environment
     python scripts/benchmarks/bench_step.py --torch-python ~/torch/bin/python --rounds 5 --out docs/bench_step.md
@@ -31,7 +31,7 @@ Result = dict[str, Any]
 
 
 def measure_kdjax(steps: int, overrides: Mapping[str, str]) -> Result:
-    """One untimed (compiling) step, then `steps` timed ones, each to completion. Keys as torch_peer.py prints them."""
+    """Runs one untimed step, which compiles, then `steps` timed ones. Returns the same keys as torch_peer.py prints."""
     # Imported here: the process that starts the others must stay small (host.peak_rss_bytes).
     import platform
 
@@ -79,7 +79,7 @@ def measure_kdjax(steps: int, overrides: Mapping[str, str]) -> Result:
 
 
 def run_side(side: str, arguments: argparse.Namespace, overrides: Sequence[str]) -> Result:
-    """The side's JSON, measured in a process of its own. Exits with the side's own words if it fails."""
+    """Measures one side in a separate process and returns its JSON. Exits with that process's message if it fails."""
     command = {
         "kdjax": [sys.executable, str(HERE / "bench_step.py"), "--side", "kdjax", *overrides],
         "torch": [arguments.torch_python, str(HERE / "torch_peer.py"), "--mode", "time", "--objective", "nemo"],
@@ -95,7 +95,7 @@ def run_side(side: str, arguments: argparse.Namespace, overrides: Sequence[str])
 
 
 def compare(arguments: argparse.Namespace, overrides: Sequence[str]) -> str:
-    """All rounds, then the report in markdown."""
+    """Runs all rounds and returns the report in markdown."""
     rounds: dict[str, list[Result]] = {side: [] for side in SIDES}
     began, total = time.monotonic(), arguments.rounds * len(SIDES)
     for number, (round_, side) in enumerate(itertools.product(range(arguments.rounds), SIDES), 1):
@@ -109,7 +109,7 @@ def compare(arguments: argparse.Namespace, overrides: Sequence[str]) -> str:
 
 
 def report(rounds: Mapping[str, Sequence[Result]], arguments: argparse.Namespace, overrides: Sequence[str]) -> str:
-    """The table (medians over the rounds, smallest and largest beside them) and what it was measured on."""
+    """Returns the table (medians over rounds, with smallest and largest) and a description of the machine."""
     rows = [
         ("step, median", "median_step_s", 1.0, "{:.3f} s"),
         ("step, fastest", "fastest_step_s", 1.0, "{:.3f} s"),

@@ -1,15 +1,15 @@
-"""What kdjax learns beside what a torch run learned: same student, records, updates and steps, objective by objective.
+"""Compares what kdjax and a torch run learn with the same student, records, updates and steps, for each objective.
 
 Trains configs/quickstart.py's student with five objectives, for 100 and 300 steps, with several seeds each, and writes
-docs/peer.md (end points, kdjax against recorded figures of a transformers' Llama in torch) and docs/peer.png (the way
-there). With --peer, scripts/benchmarks/torch_peer.py learns the same beside it and is drawn and listed too.
+docs/peer.md (final losses beside recorded figures of a transformers Llama in torch) and docs/peer.png (the curves).
+With --peer, scripts/benchmarks/torch_peer.py trains too, and is drawn and listed beside kdjax.
 
     python scripts/benchmarks/compare_peer.py                     # 21 runs, about an hour and a half on two cores
     python scripts/benchmarks/compare_peer.py --peer --torch-python ~/torch/bin/python
     python scripts/benchmarks/compare_peer.py --only nemo:100 ghost:300     # part of it
     python scripts/benchmarks/compare_peer.py --rehearse 3        # all of it for three steps: does everything work?
 
-Every finished run leaves its curve in --work, and the same command goes on from there.
+Every finished run leaves its curve in --work. Run the same command again to continue from there.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def learn_kdjax(job: Job, changes: dict[str, str]) -> list[Point]:
 
 
 def renormalised_kd(config: Config, workdir: Path) -> dict[int, float]:
-    """Step -> validation kd_loss under loss.tail = "renormalize", before the first update and at every checkpoint."""
+    """Returns {step: validation kd_loss under loss.tail = "renormalize"}, before training and at every checkpoint."""
     config = replace(config, loss__tail="renormalize")
     mesh, size = meshes.make_mesh(config.mesh.sizes), config.batch.global_size
     records = open_dataset(config.data.val, config.data, vocab_size=config.model.vocab_size)
@@ -128,7 +128,7 @@ def renormalised_kd(config: Config, workdir: Path) -> dict[int, float]:
 
 
 def learn_torch(job: Job, python: str) -> list[Point]:
-    """The same in torch_peer.py, in a process of its own."""
+    """Trains the same student with torch_peer.py, in a separate process."""
     command = [python, str(HERE / "torch_peer.py"), "--mode", "train", "--objective", job.objective]
     command += ["--steps", str(job.steps), "--val-every", str(job.val_every), "--seed", str(job.seed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -174,7 +174,7 @@ def group(jobs: Sequence[Job]) -> Groups:
 
 
 def table(groups: Groups, seeds: int) -> str:
-    """docs/peer.md."""
+    """Returns the text of docs/peer.md."""
     has_torch = any(side == "torch" for side, _, _ in groups)
     titles = ["objective", "steps", "term", "recorded", *(["torch_peer.py"] if has_torch else [])]
     titles += [f"kdjax, mean of {seeds} ± spread", "kdjax / recorded", "verdict"]
@@ -216,13 +216,13 @@ def tail(has_torch: bool) -> str:
 
 
 def ends(curves: Sequence[Sequence[Point]], term: str) -> tuple[float, float]:
-    """Mean over seeds at the last step, and half the distance between the extremes."""
+    """Returns the mean over seeds at the last step, and half the distance between the extremes."""
     values = [getattr(curve[-1], term) for curve in curves]
     return statistics.mean(values), (max(values) - min(values)) / 2
 
 
 def plan(arguments: argparse.Namespace) -> list[Job]:
-    """All runs that were asked for, short ones first."""
+    """Trains all runs that were asked for, short ones first."""
     work = arguments.work / f"rehearsal-{arguments.rehearse}" if arguments.rehearse else arguments.work
     seeds = {"kdjax": range(arguments.seeds), "torch": range(arguments.peer_seeds if arguments.peer else 0)}
     jobs = []

@@ -1,4 +1,4 @@
-"""What scripts/benchmarks/compare_peer.py compares: objectives, lengths of training, recorded figures, curves."""
+"""The objectives, lengths of training, recorded figures and curves that scripts/benchmarks/compare_peer.py compares."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ TERMS = {"kd_loss": "kd_loss (renormalised)", "sft_loss": "sft_loss"}
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised, what the reader calls it, and its colour in the picture."""
+    """An objective, its name in tables and pictures, and its colour."""
 
     title: str
     label: str

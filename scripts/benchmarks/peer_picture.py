@@ -1,4 +1,4 @@
-"""The picture of scripts/benchmarks/compare_peer.py: a row a term, a column a length of training."""
+"""The picture of scripts/benchmarks/compare_peer.py: one row per loss term, one column per length of training."""
 
 import statistics
 from pathlib import Path
@@ -8,7 +8,7 @@ from peer_entries import OBJECTIVES, RECORDED, TERMS, Groups, Point
 
 
 def draw(groups: Groups, path: Path) -> None:
-    """docs/peer.png: a row a term, a column a length of training."""
+    """Draws docs/peer.png: one row per loss term, one column per length of training."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,7 +35,7 @@ def draw(groups: Groups, path: Path) -> None:
 
 
 def panel(axis: Any, curves_of: dict[tuple[str, str], list[list[Point]]], term: str, column: int) -> None:
-    """One term over one length of training: a line an objective, labelled at its end."""
+    """Draws one loss term over one length of training: a line for each objective, labelled at its end."""
     labels: list[tuple[float, str, str]] = []
     for (side, name), curves in curves_of.items():
         objective, steps = OBJECTIVES[name], [point.step for point in curves[0]]

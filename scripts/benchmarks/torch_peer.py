@@ -1,14 +1,13 @@
 """The peer that kdjax is measured against: the same student and updates in plain eager torch.
 
 The loss of the objectives sft, nemo and kd is NeMo-Aligner's algorithm (its `_TopKLogitsCrossEntropy`, at
-tensor-parallel size 1) restated pass by pass: what it reads, writes and keeps of the [tokens, vocabulary] arrays
-is kept here, because time and memory come from there. The ghost objectives, which NeMo-Aligner lacks, are
-written with torch's autograd.
+tensor-parallel size 1) restated pass by pass: it reads, writes and keeps the same [tokens, vocabulary] arrays, because they
+determine time and memory. The ghost objectives, which NeMo-Aligner lacks, use torch's autograd.
 
-    python scripts/benchmarks/torch_peer.py --mode train --objective nemo --steps 100   # one line of JSON a validation
+    python scripts/benchmarks/torch_peer.py --mode train --objective nemo --steps 100   # one line of JSON per validation
     python scripts/benchmarks/torch_peer.py --mode time --steps 20            # one line of JSON: time and memory
 
-Needs torch and NumPy, not kdjax. `bench_step.py` and `compare_peer.py` start it as a process of its own.
+Needs torch and NumPy, not kdjax. `bench_step.py` and `compare_peer.py` start it in a separate process.
 """
 
 import argparse
@@ -72,7 +71,7 @@ class Batch(NamedTuple):
 
 
 def read_records(path: Path) -> Batch:
-    """The whole of one .jsonl.gz file."""
+    """Reads one .jsonl.gz file."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in Batch._fields}
     whole_numbers = ("tokens", "labels", "topk_token_ids")
     with gzip.open(path, "rt") as lines:
@@ -145,7 +144,7 @@ class Student(nn.Module):
 
 
 def half_turn(x: Tensor) -> Tensor:
-    """(a, b) -> (-b, a) on the halves of each head."""
+    """Returns (-b, a) for the halves (a, b) of each head."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
@@ -202,7 +201,7 @@ class NemoLoss(torch.autograd.Function):
 
 
 def ghost_loss(logits: Tensor, batch: Batch, objective: Objective) -> Tensor:
-    """Forward KL over the top-k and one more class that holds all remaining mass, plus cross-entropy; [B, T]."""
+    """Returns forward KL over the top-k and one class for the remaining mass, plus cross-entropy; [B, T]."""
     log_q_BxTxV = torch.log_softmax(logits, dim=-1)
     log_q = with_rest(log_q_BxTxV.gather(-1, batch.topk_token_ids))
     log_p = with_rest(batch.topk_logits - batch.log_sum_exp_logits[..., None])
@@ -211,13 +210,13 @@ def ghost_loss(logits: Tensor, batch: Batch, objective: Objective) -> Tensor:
 
 
 def with_rest(log_p: Tensor) -> Tensor:
-    """K log-probabilities and the logarithm of what they leave of 1."""
+    """Returns K log-probabilities and the logarithm of the remaining mass."""
     log_mass = log_p.logsumexp(-1, keepdim=True).clamp(max=-1e-6)  # stored logits are rounded: a sum may pass 1
     return torch.cat((log_p, torch.log(-torch.expm1(log_mass))), dim=-1)
 
 
 def token_losses(logits: Tensor, batch: Batch, objective: Objective) -> Tensor:
-    """The objective at each position, [B, T]."""
+    """Returns the objective at each position, [B, T]."""
     if objective.ghost:
         return ghost_loss(logits, batch, objective)
     scaled = LOGITS_SCALE * logits
@@ -226,7 +225,7 @@ def token_losses(logits: Tensor, batch: Batch, objective: Objective) -> Tensor:
 
 
 def make_optimizer(student: Student) -> torch.optim.AdamW:
-    """AdamW that decays matrices only, Megatron-Core's rule."""
+    """Returns AdamW that decays matrices only, which is Megatron-Core's rule."""
     parameters = list(student.parameters())
     decayed, spared = [p for p in parameters if p.ndim == 2], [p for p in parameters if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": DECAY}, {"params": spared, "weight_decay": 0.0}]
@@ -234,7 +233,7 @@ def make_optimizer(student: Student) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """The rate of update number `step`, counted from 0."""
+    """Returns the learning rate of update number `step`, counted from 0."""
     if step <= WARMUP:
         return LR * (step + 1) / (WARMUP + 1)
     share = (step - WARMUP) / (steps - WARMUP)
@@ -242,7 +241,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def update(student: Student, optimizer: torch.optim.AdamW, batch: Batch, objective: Objective, lr: float) -> Tensor:
-    """One step on one batch; its loss, a mean over unmasked tokens, as it was before."""
+    """Makes one step on one batch; returns the loss before it, a mean over unmasked tokens."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
@@ -266,7 +265,7 @@ def epochs(records: Batch, seed: int) -> Iterator[Batch]:
 
 @torch.no_grad()
 def evaluate(student: Student, records: Batch) -> dict[str, float]:
-    """Renormalised forward KL and cross-entropy, means over all unmasked tokens, in nats."""
+    """Returns the renormalised forward KL and the cross-entropy, means over all unmasked tokens, in nats."""
     kd = sft = tokens = 0.0
     for index in torch.arange(len(records.tokens)).split(ROWS):
         batch = records.rows(index)
@@ -318,7 +317,7 @@ def time_steps(arguments: argparse.Namespace) -> None:
 
 
 def setup(arguments: argparse.Namespace) -> tuple[Student, torch.optim.AdamW, Iterator[Batch]]:
-    """The seeded student, its optimiser and its batches."""
+    """Returns the seeded student, its optimiser and its batches."""
     torch.set_num_threads(host.threads())
     torch.manual_seed(arguments.seed)
     student = Student()
