@@ -41,7 +41,7 @@ class Dataset:
     def __init__(self, store: RecordStore, survey: Survey, manifests: list[Manifest], warnings: list[str]):
         data = store.requirements.data
         self.data = data
-        self.top_k = data.top_k or survey.largest_top_k
+        self.top_k = survey.largest_top_k  # data.top_k, if that is set
         self.has_log_sum_exp = survey.with_log_sum_exp == survey.records
         self.fingerprint = _fingerprint(store)
         self.warnings = tuple(warnings)

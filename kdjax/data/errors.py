@@ -9,7 +9,7 @@ from kdjax.types import UserError
 
 _GRANT = "grant this user access, or use another path"
 _FREE = "free some space, or set data.scratch_dir to a directory on another disk"
-_REMEDIES = {
+_REMEDIES: dict[int | None, str] = {
     errno.ENOENT: "check the path",
     errno.EACCES: _GRANT,
     errno.EPERM: _GRANT,
@@ -27,5 +27,5 @@ def explain_os_errors(path: Path | str, action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "check that the disk is mounted and healthy")
+        remedy = _REMEDIES.get(error.errno, "check that the disk is mounted and healthy")
         raise UserError(f"{path}: cannot {action}: {error.strerror or error}; {remedy}") from error

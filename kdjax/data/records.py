@@ -165,8 +165,7 @@ def _shape(widths: list[int]) -> str:
 def _integers(value: Any, name: str, ndim: int) -> np.ndarray:
     """Converts a list of integers, or of integral floats such as 5.0, to int32."""
     numbers = _numbers(value, name, ndim, allow_bool=False)
-    with np.errstate(invalid="ignore"):
-        bad = (numbers != np.rint(numbers)) | (numbers < -(2**31)) | (numbers >= 2**31)
+    bad = (numbers != np.rint(numbers)) | (numbers < -(2**31)) | (numbers >= 2**31)
     if bad.any():
         position, item = tuple(np.argwhere(bad)[0]), value
         for step in position:

@@ -38,7 +38,7 @@ class RecordFile:
                 raise UserError(f"{problem}; remove the incomplete line, or drop it with data.allow_truncated=True")
             log.warning("%s; dropping the incomplete one", problem)
         with explain_os_errors(plain.path, "read this record file"):
-            self._descriptor = os.open(plain.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = os.open(plain.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, number: int) -> bytes:

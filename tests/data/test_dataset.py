@@ -1,5 +1,6 @@
 """Which records of a set are used, what each looks like, and damage within and beyond what is allowed."""
 
+import dataclasses
 import errno
 import os
 import threading
@@ -46,8 +47,9 @@ def test_top_k_may_differ_between_records(tmp_path):
     dataset = open_records(tmp_path, ragged)
     assert dataset.top_k == 5
     assert "the teacher's top 5 tokens at each position (in some records 3), stored as logits" in dataset.summary()
+    assert dataset[0].topk_token_ids.tolist() == [[*row, 0, 0] for row in ragged[0]["topk_token_ids"]]
+    assert dataset[0].topk_logits.shape == (23, 5)
     assert (dataset[0].topk_logits[:, 3:] == -np.inf).all()
-    assert not dataset[0].topk_token_ids[:, 3:].any()
     np.testing.assert_allclose(dataset[2].topk_logits[:, :4], ragged[2]["topk_logits"], rtol=1e-6)
     dataset = open_records(tmp_path, ragged, top_k=2)
     assert dataset[1].topk_token_ids.tolist() == [row[:2] for row in ragged[1]["topk_token_ids"]]
@@ -95,17 +97,17 @@ def test_over_long_records(tmp_path):
 
 
 def test_records_with_the_index_of_a_later_one(tmp_path):
-    again = make_record(7, length=9, index=1)
-    records = [*make_records(7, 12, 5), again, make_record(8, index=...), make_record(9, index=...)]
+    again = [make_record(6, length=8, index=1), make_record(7, length=9, index=1)]
+    records = [*make_records(7, 12, 5), *again, make_record(8, index=...), make_record(9, index=...)]
     dataset = open_records(tmp_path, records)
-    assert lengths(dataset) == [7, 12, 5, 9, 23, 23]
+    assert lengths(dataset) == [7, 12, 5, 8, 9, 23, 23]
     (warning,) = dataset.warnings
-    assert warning.startswith("1 record with the index of a later record")
+    assert warning.startswith("2 records with the index of a later record")
     assert not [text for text in dataset.summary() if "same index" in text]
     dataset = open_records(tmp_path, records, dedupe=True)
     assert lengths(dataset) == [7, 5, 9, 23, 23]
     assert dataset.warnings == ()
-    assert dataset.summary()[-1] == "1 record skipped: a later record has the same index"
+    assert dataset.summary()[-1] == "2 records skipped: a later record has the same index"
     paths = [write(tmp_path / f"{n}.jsonl", make_records(7, 12)) for n in "xy"]  # each numbered from 0
     assert len(open_paths(tmp_path, *paths, dedupe=True)) == 4
     assert len(open_paths(tmp_path, tmp_path / "[xy].jsonl", dedupe=True)) == 2  # one path, so one numbering
@@ -118,8 +120,10 @@ def damaged_set() -> list[dict]:
     return records
 
 
-def test_damage_within_the_limit_has_no_weight(tmp_path, caplog):
+def test_damage_within_the_limit_has_no_weight(tmp_path, caplog, monkeypatch):
     dataset = open_records(tmp_path, damaged_set(), max_bad_records=2)
+    reads, real = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *place: reads.append(place) or real(*place))
     assert dataset.bad_records == 2
     assert dataset.summary()[-1] == "2 records skipped: damaged"
     assert "4 records checked" in dataset.summary()[2]
@@ -127,8 +131,9 @@ def test_damage_within_the_limit_has_no_weight(tmp_path, caplog):
         record = dataset[i]
         assert len(record) == 11
         assert record.topk_logits.shape == record.topk_token_ids.shape == (11, 5)
-        for array in (record.loss_mask, record.topk_logits, record.log_sum_exp_logits, record.labels, record.tokens):
-            assert not array.any()
+        arrays = [getattr(record, field.name) for field in dataclasses.fields(record)[:-1]]
+        assert not any(array.any() for array in arrays)
+    assert reads == []  # a record that is known to be damaged is not read again
     messages = [r.getMessage() for r in caplog.records if "record skipped" in r.getMessage()]
     assert len(messages) == 2
     assert f"(1 of at most 2): {tmp_path}/a.jsonl, record 2: labels[4] = {VOCAB}" in messages[0]
@@ -169,6 +174,13 @@ def test_damage_that_the_index_shows_is_met_at_the_start(tmp_path):
         open_paths(tmp_path, path, verify_records=1, max_bad_records=1)
     dataset = open_paths(tmp_path, path, verify_records=1, max_bad_records=2)
     assert lengths(dataset) == [11, 11, 11, 1, 1, 11, 11, 11]
+
+
+def test_records_that_look_sound_are_read_only_if_surveyed(tmp_path, monkeypatch):
+    reads, real = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *place: reads.append(place) or real(*place))
+    open_records(tmp_path, [make_record(0), *[make_record(seed, length=1) for seed in range(1, 5)]], verify_records=1)
+    assert len(reads) == 1
 
 
 def test_a_record_without_tokens_is_damaged(tmp_path):

@@ -140,10 +140,15 @@ def test_a_compressed_file_cut_off(tmp_path, compress, caplog):
     assert len(open_paths(tmp_path, path, allow_truncated=True)) == 100
 
 
-def test_a_file_cut_off_between_members_has_all_it_needs(tmp_path):
+def test_files_cut_off_between_records_and_inside_one(tmp_path):
     (tmp_path / "a.gz").write_bytes(gzip.compress(line(RECORDS[0])) + gzip.compress(line(RECORDS[1]))[:12])
     assert "was cut off" in refused(tmp_path, tmp_path / "a.gz")
-    assert len(open_paths(tmp_path, tmp_path / "a.gz", allow_truncated=True)) == 1
+    dataset = open_paths(tmp_path, tmp_path / "a.gz", allow_truncated=True)
+    assert len(dataset) == 1
+    assert dataset.summary()[-1] == "1 record dropped: cut off at the end of a file"
+    (tmp_path / "b.jsonl").write_bytes(PLAIN[:-40])
+    dataset = open_paths(tmp_path, tmp_path / "a.gz", tmp_path / "b.jsonl", allow_truncated=True)
+    assert dataset.summary()[-1] == "2 records dropped: cut off at the end of a file"
 
 
 def test_damaged_compressed_data_is_refused_even_if_truncation_is_allowed(tmp_path, monkeypatch):

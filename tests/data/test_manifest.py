@@ -7,7 +7,7 @@ from record_files import VOCAB, make_records, open_paths, open_records, write
 
 from kdjax.types import UserError
 
-RECORDS = make_records(*[29] * 5)
+RECORDS = make_records(29, 29, 7, 29, 29)
 
 
 def manifest(tmp_path, **fields):
@@ -70,7 +70,7 @@ def test_a_manifest_that_agrees_is_shown(tmp_path):
 
 def test_fields_may_be_missing_or_null(tmp_path):
     manifest(tmp_path, teacher=None)
-    dataset = open_records(tmp_path, RECORDS, tokenizer_sha256="ab")
+    dataset = open_records(tmp_path, RECORDS, tokenizer_sha256="ab", top_k=4)
     assert f"{tmp_path}/manifest.json: teacher not named, licence not stated" in dataset.summary()
 
 

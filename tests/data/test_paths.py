@@ -81,7 +81,7 @@ def test_missing_and_extra_chunks_are_listed(tmp_path, numbers, n_chunks, parts)
 
 def test_a_chunk_number_twice_is_refused(tmp_path):
     touch(tmp_path, "t_0.jsonl", "t_1.jsonl", "t_01.jsonl")
-    assert "chunk 1 exists twice: t_" in refused(tmp_path / "t_CHUNK_ID.jsonl")
+    assert "chunk 1 exists twice: t_01.jsonl and t_1.jsonl" in refused(tmp_path / "t_CHUNK_ID.jsonl")
 
 
 def test_paths_that_cannot_be_read(tmp_path):

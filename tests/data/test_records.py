@@ -72,6 +72,7 @@ def test_a_record_is_decoded_as_stored():
         (damaged("topk_token_ids", 3, 2, value=5.25), ["topk_token_ids[3][2] = 5.25;"]),
         (damaged("topk_logits", 3, 2, value="-1.5"), ["topk_logits[3][2] = '-1.5' is a string"]),
         (damaged("topk_logits", 3, 2, value=[1]), ["topk_logits[3][2] = [1] is a list"]),
+        (damaged("topk_logits", 3, value=[1e300, "x", 0, 0, 0]), ["topk_logits[3][1] = 'x' is a string"]),
         (damaged("topk_logits", 3, value=0.5), ["topk_logits[3] = 0.5 is a float", "must be a list of the teacher's"]),
         (damaged("topk_logits", value=7), ["topk_logits = 7 is a int; it must be a list"]),
         (damaged("labels", value=7), ["labels = 7 is a int; it must be a list"]),
@@ -141,6 +142,7 @@ def test_truncation_cuts_every_array(length):
     cut = whole.truncated(length)
     assert len(cut) == min(length, 23)
     assert cut.index == 3
+    assert (cut is whole) == (length >= 23)
     for field in dataclasses.fields(whole)[:-1]:
         np.testing.assert_array_equal(getattr(cut, field.name), getattr(whole, field.name)[:length])
     assert decode(line(make_record(3, log_sum_exp_logits=...)), "F").truncated(length).log_sum_exp_logits is None

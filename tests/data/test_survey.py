@@ -1,13 +1,16 @@
 """What a sample of the records says about the whole set: refused, warned about, or printed."""
 
+import gzip
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from record_files import VOCAB, make_record, make_records, open_records
+from record_files import VOCAB, line, make_record, make_records, open_paths, open_records
 
 from kdjax.data.checks import Findings
+from kdjax.data.files import decompress
 from kdjax.data.records import Record
 from kdjax.data.survey import Survey, diagnose
 from kdjax.types import UserError
@@ -213,11 +216,24 @@ def test_records_are_surveyed_evenly(tmp_path):
     assert "record 11" in refused(tmp_path, records, verify_records=-1)
 
 
-def test_the_survey_shows_its_progress(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr("kdjax.cli.Progress.add", lambda bar, amount, text="": seen.append((bar._doing, amount)))
-    open_records(tmp_path, MANY, verify_records=3)
-    assert [entry for entry in seen if entry[0] == "checking records"] == [("checking records", 1)] * 3
+def test_long_work_shows_its_progress(tmp_path, monkeypatch, capsys):
+    """A line on stdout once it has taken two seconds; processes other than the first have no stdout."""
+    clock = iter(range(10_000))
+    monkeypatch.setattr("kdjax.cli.time", SimpleNamespace(monotonic=lambda: next(clock)))  # each look takes a second
+    monkeypatch.setattr(decompress, "READ_BYTES", 1500)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"".join(map(line, MANY))))
+    open_paths(tmp_path, tmp_path / "a.gz")
+    printed, errors = capsys.readouterr()
+    assert errors == ""
+    (plain,) = (tmp_path / "scratch").glob("*.jsonl")
+    two_lines = sum(len(line(record)) for record in MANY[:2])
+    for start in (
+        "decompressing a.gz 3.00k/",
+        f"indexing {plain.name} {two_lines / 1000:.2f}k/",
+        "checking records 2/20",
+    ):
+        first = next(text for text in printed.splitlines() if text.startswith(start.partition(" ")[0]))
+        assert first.startswith(start)
 
 
 def test_repaired_rows_are_reported(tmp_path):

@@ -79,7 +79,7 @@ def _chunks(template: Path, n_chunks: int | None) -> list[Path]:
     head, *middle, tail = template.name.split(CHUNK_ID)
     shape = re.escape(head) + r"(\d+)" + "".join(re.escape(part) + r"\1" for part in middle) + re.escape(tail)
     with explain_os_errors(template.parent, "list this directory of chunks"):
-        names = sorted(os.listdir(template.parent), key=lambda name: _natural_order(Path(name)))
+        names = sorted(os.listdir(template.parent))
     numbered: dict[int, str] = {}
     for name in names:
         if match := re.fullmatch(shape, name):
