@@ -1,10 +1,10 @@
 """The peer that kdjax is measured against: the same student and updates in plain eager torch.
 
 The loss of the objectives sft, nemo and kd is NeMo-Aligner's algorithm (its `_TopKLogitsCrossEntropy`, at
-tensor-parallel size 1) restated pass by pass: it reads, writes and keeps the same [tokens, vocabulary] arrays, because they
-determine time and memory. The ghost objectives, which NeMo-Aligner lacks, use torch's autograd.
+tensor-parallel size 1) restated pass by pass. It reads, writes and keeps the same [tokens, vocabulary] arrays, because
+they determine time and memory. The ghost objectives, which NeMo-Aligner lacks, use torch's autograd.
 
-    python scripts/benchmarks/torch_peer.py --mode train --objective nemo --steps 100   # one line of JSON per validation
+    python scripts/benchmarks/torch_peer.py --mode train --objective nemo --steps 100  # a line of JSON per validation
     python scripts/benchmarks/torch_peer.py --mode time --steps 20            # one line of JSON: time and memory
 
 Needs torch and NumPy, not kdjax. `bench_step.py` and `compare_peer.py` start it in a separate process.
