@@ -135,7 +135,7 @@ def test_a_compressed_file_cut_off(tmp_path, compress, caplog):
     again = open_paths(tmp_path, path, allow_truncated=True)
     assert (len(again), again.fingerprint) == (len(kept), kept.fingerprint)
     assert "using the records before the cut" not in caplog.text  # the partial copy was reused
-    assert "data.allow_truncated=True" in refused(tmp_path, path)  # even though there is a partial copy
+    assert "its data ends before the end mark" in refused(tmp_path, path)  # even though there is a partial copy
     path.write_bytes(stored)
     assert len(open_paths(tmp_path, path, allow_truncated=True)) == 100
 
@@ -165,10 +165,20 @@ def test_damaged_compressed_data_is_refused_even_if_truncation_is_allowed(tmp_pa
 
 
 def test_each_state_of_a_file_is_decompressed_and_indexed_once(tmp_path, monkeypatch):
-    passes = []
-    for module, name in ((decompress, "_decompress"), (index, "build")):
+    passes, kept = [], []
+
+    def watch(module, name):
         real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, real=real, name=name: passes.append(name) or real(*a))
+
+        def spy(*arguments):
+            passes.append(name)
+            kept.append(len(list((tmp_path / "scratch").glob("[!.]*"))))
+            return real(*arguments)
+
+        monkeypatch.setattr(module, name, spy)
+
+    watch(decompress, "_decompress")
+    watch(index, "build")
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(PLAIN))
     for _ in range(3):
@@ -178,6 +188,7 @@ def test_each_state_of_a_file_is_decompressed_and_indexed_once(tmp_path, monkeyp
     os.utime(path, ns=(1, 1))
     assert len(open_paths(tmp_path, path)) == 3
     assert passes == ["_decompress", "build"] * 2
+    assert kept == [0, 1] * 2  # the older state makes room first
     assert len(kept_in(tmp_path / "scratch")) == 2  # the older state's copy and index are gone
 
 

@@ -40,8 +40,10 @@ def test_chunks_and_globs_are_ordered_by_number(tmp_path):
     ordered = [f"t_{i}_of_{i}.jsonl" for i in range(11)]
     touch(tmp_path, *ordered, "t_3_of_4.jsonl", "t_x_of_x.jsonl")  # the last two are not chunks
     assert [source.path.name for source in find(tmp_path / "t_CHUNK_ID_of_CHUNK_ID.jsonl")] == ordered
+    touch(tmp_path, "t_\u00b2.jsonl")  # a superscript two is no number
     ordered[4:4] = ["t_3_of_4.jsonl"]
-    assert [source.path.name for source in find(tmp_path / "t_*.jsonl")] == [*ordered, "t_x_of_x.jsonl"]
+    found = [source.path.name for source in find(tmp_path / "t_*.jsonl")]
+    assert found == [*ordered, "t_x_of_x.jsonl", "t_\u00b2.jsonl"]
 
 
 def test_paths_may_use_the_home_directory_and_look_like_globs(tmp_path, monkeypatch):

@@ -109,7 +109,7 @@ def _require_regular_file(path: Path) -> None:
             )
         if not path.exists():
             siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-            near = difflib.get_close_matches(path.name, siblings, n=1)
+            near = difflib.get_close_matches(path.name, siblings)
             raise UserError(f"{path}: no such file; {f'did you mean {near[0]}?' if near else 'check the path'}")
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -122,7 +122,7 @@ def _require_regular_file(path: Path) -> None:
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:
     """Returns a sort key that puts part_2 before part_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:
