@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv with kdjax in it, and with the extras given as the argument (such as dev,aot); quick when nothing
-# changed. Prints the interpreter's path.
+# Creates .venv and installs kdjax in it, with the extras named by the argument (such as dev,aot). Does nothing if that
+# is done already and neither Python nor pyproject.toml has changed. Prints the path of .venv's Python.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -11,7 +11,7 @@ find_python() {
             return
         fi
     done
-    echo "kdjax needs Python 3.11 or newer; put one on the PATH or name it: PYTHON=/path/to/python3 $0" >&2
+    echo "kdjax needs Python 3.11 or newer: put it on the PATH, or name it: PYTHON=/path/to/python3 $0" >&2
     return 1
 }
 
@@ -29,7 +29,8 @@ fi
 installed="$root/.venv/kdjax.installed.$extras"
 if [[ ! -f $installed ]]; then
     echo "setting up $root/.venv (a few minutes the first time)" >&2
-    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extras:+[$extras]}" >&2
+    # -qq: errors only; pip warns about each package when one of several configured indexes lacks it.
+    "$root/.venv/bin/python" -m pip install -qq --disable-pip-version-check --editable "$root${extras:+[$extras]}" >&2
     touch "$installed"
 fi
 echo "$root/.venv/bin/python"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up, then runs the gate: lint, format, types, tests. Arguments go on to pytest.
+# Sets up .venv, then runs every check: lint, format, types, tests. Passes its arguments on to pytest.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$("$here/setup.sh" dev,aot,triton)

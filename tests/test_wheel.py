@@ -81,8 +81,8 @@ def test_trains_the_quickstart_in_an_empty_directory(wheel: Path, tmp_path: Path
     }
     arguments = ["train", "--config", "quickstart", "--workdir", "run"]
     arguments += [f"--config.{name}={value}" for name, value in small.items()]
-    environment = os.environ | {"PYTHONPATH": str(installed)}
-    environment.pop("XLA_FLAGS", None)  # one device, as users have it
+    # One device, as users have it, and quick compilation.
+    environment = os.environ | {"PYTHONPATH": str(installed), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "-c", "from kdjax.cli import main; main()", *arguments]
     done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
