@@ -200,6 +200,7 @@ def test_a_file_rewritten_at_the_same_size_is_indexed_again(tmp_path, expected):
     path.write_bytes(PLAIN.replace(b'"index": 4', b'"index": 9'))
     os.utime(path, ns=(1, 1))
     assert open_paths(tmp_path, path).fingerprint != expected.fingerprint
+    assert len(kept_in(tmp_path / "scratch")) == 1  # the older state's index is gone
 
 
 def test_a_damaged_stored_index_is_built_again(tmp_path, caplog):
@@ -287,6 +288,24 @@ def test_the_index_tells_nested_names_from_the_records_own(tmp_path, stored, len
     assert found.indices.tolist() == [number, 1]
     assert found.lines.tolist() == [1, 2]
     assert not found.is_cut
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "number"),
+    [
+        (b'{"tokens": [1, 2], "index": 1, "index": 2}', 2, 2),  # of equal names JSON takes the last
+        (b'{"tokens": [1, 2], "tokens": [1, 2, 3], "index": 1}', 3, 1),
+        (b'{"kind": "index", "tokens": [1, 2], "index": 1}', 2, 1),
+        (b'{"kind": "tokens", "tokens": [1, 2], "index" : 1}', 2, 1),
+        (b'{"tokens" : [ 1 ,2 ] ,"index" :1 }', 2, 1),
+        (b'{"tokens": [ ], "index": 1}', 0, 1),
+    ],
+)
+def test_the_index_reads_a_line_as_json_does(tmp_path, text, length, number):
+    (tmp_path / "a.jsonl").write_bytes(text + b"\n" + line(RECORDS[1]))
+    found = index.build(tmp_path / "a.jsonl")
+    assert found.lengths.tolist() == [length, 7]
+    assert found.indices.tolist() == [number, 1]
 
 
 @pytest.mark.parametrize(
