@@ -15,7 +15,7 @@ import kdjax
 def test_each_name_is_the_one_of_its_module() -> None:
     """And the imports that type checkers see are those that happen."""
     source = ast.parse(Path(kdjax.__file__).read_text())
-    (block,) = (node for node in source.body if isinstance(node, ast.If))
+    block = next(node for node in source.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert sorted(seen) == sorted(kdjax.__all__)
     for name, module in seen.items():
