@@ -118,7 +118,7 @@ class _Instruction(NamedTuple):
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|[^\s(]+) ([a-z][\w\-]*)\((.*)")
 _COLLECTIVE = re.compile(rf"({'|'.join(KINDS)})(-start)?")
 _NO_KERNEL = re.compile(
-    r"bitcast|constant|parameter|tuple|get-tuple-element|after-all|partition-id|replica-id|opt-barrier|.*-(start|done)"
+    r"bitcast|constant|parameter|tuple|get-tuple-element|after-all|partition-id|replica-id|opt-barrier|.*-(start|update|done)"
     rf"|{'|'.join(KINDS)}"
 )
 

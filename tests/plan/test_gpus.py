@@ -1,4 +1,4 @@
-"""The GPUs that can be compiled for."""
+"""The GPUs that programs can be compiled for."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def test_compiles_for_each(name: str) -> None:
 
 
 def test_an_unknown_gpu() -> None:
-    with pytest.raises(UserError, match="'v100' is no GPU that kdjax knows; choose one of 'a100', 'h100'"):
+    with pytest.raises(UserError, match="'v100' is not a GPU that kdjax knows; choose one of 'a100', 'h100'"):
         topology("v100", 8)
 
 

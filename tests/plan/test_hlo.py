@@ -1,4 +1,4 @@
-"""Reading what XLA made of a program: devices, loops, and what is computed while data are on their way."""
+"""What is read from XLA's text of a program: devices, loops, and the work that overlaps a collective."""
 
 import jax
 import jax.numpy as jnp
@@ -92,35 +92,35 @@ def program(groups: str = "{}") -> str:
     return PROGRAM.replace("GROUPS", groups)
 
 
-def test_loops_conditionals_and_what_stands_between_start_and_done() -> None:
-    """A permute with a matmul beside it, a sum with a loop counter, one in a branch, one in a wrapper of its own."""
-    beside_permute = Work(MATMUL, 2 * MATRIX + 4 * 512 * 512)
+def test_loops_conditionals_and_work_between_start_and_done() -> None:
+    """A permute beside a matmul, a sum beside a loop counter, one in a branch, one in an async wrapper."""
+    during_permute = Work(MATMUL, 2 * MATRIX + 4 * 512 * 512)
     expected = {
         Collective("all-reduce", MATRIX, 1, COLUMNS, False, Work(MATMUL, 2 * MATRIX + 4 * 512 * 512 + 4194304)),
-        Collective("collective-permute", MATRIX, 6, ((0, 4), (4, 0)), True, beside_permute),
+        Collective("collective-permute", MATRIX, 6, ((0, 4), (4, 0)), True, during_permute),
         Collective("all-reduce", MATRIX, 6, LINES, True, Work(0, 0)),
         Collective("all-reduce", MATRIX, 3, LINES, True, Work(0, 0)),  # a branch that half the runs take
         Collective("all-gather", 8 * MATRIX, 1, (tuple(range(8)),), False, Work(0, 0)),
     }
-    found = collectives(program(), 8, taken=0.5)
+    found = collectives(program(), 8, branch_share=0.5)
     assert len(found) == len(expected)
     assert set(found) == expected
-    assert {c.kind for c in found if c.overlapped} == {"collective-permute", "all-reduce"}
-    assert sum(c.overlapped for c in found) == 2
+    assert {c.kind for c in found if c.is_overlapped} == {"collective-permute", "all-reduce"}
+    assert sum(c.is_overlapped for c in found) == 2
 
 
 def test_kernels_and_their_bytes() -> None:
-    """A GEMM of cuBLAS, and six times: a matmul, a row picked from nine, half a copy. Counters take no time."""
-    found = kernels(program(), taken=0.5)
+    """A GEMM of cuBLAS, and six times: a matmul, a row sliced out of nine, half of a copy. Counters take no time."""
+    found = kernels(program(), branch_share=0.5)
     assert sorted(found) == [
         (1, Work(MATMUL, 2 * MATRIX + 4 * 512 * 512 + 4194304)),
         (3, Work(0, 2 * MATRIX)),
-        (6, Work(0, MATRIX + 4)),  # not the nine
+        (6, Work(0, MATRIX + 4)),  # the one row
         (6, Work(MATMUL, 2 * MATRIX + 4 * 512 * 512)),
     ]
-    on_chip = kernels(program(), taken=0.5, on_chip=512 * 512)
+    on_chip = kernels(program(), branch_share=0.5, on_chip=512 * 512)
     assert (6, Work(MATMUL, 2 * MATRIX)) in on_chip, "scores [512, 512] are not counted"
-    assert kernels(program(), taken=0.5, on_chip=11) == found
+    assert kernels(program(), branch_share=0.5, on_chip=11) == found
 
 
 @pytest.mark.parametrize(
@@ -137,15 +137,59 @@ def test_kernels_and_their_bytes() -> None:
         ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", COLUMNS),
     ],
 )
-def test_devices_as_xla_writes_them(written: str, groups: tuple[tuple[int, ...], ...]) -> None:
+def test_device_groups_in_each_form_that_xla_prints(written: str, groups: tuple[tuple[int, ...], ...]) -> None:
     [gather] = [c for c in collectives(program(written), 8) if c.kind == "all-gather"]
     assert gather.groups == groups
 
 
 @pytest.mark.parametrize("written", ["mesh['axis_0'=8] {'axis_0':(2)4}", "torus(8)"])
-def test_devices_written_in_another_way_are_not_guessed(written: str) -> None:
-    with pytest.raises(ValueError, match=r"in a way that kdjax\.hlo does not know"):
+def test_device_groups_in_an_unknown_form_are_refused(written: str) -> None:
+    with pytest.raises(ValueError, match=r"does not know this form of a collective's devices: %gather"):
         collectives(program(written), 8)
+
+
+ASYNC = """HloModule jit_g, is_scheduled=true
+
+ENTRY %main (x: f8e4m3fn[64,64], y: f99[64,64]) -> f32[16,64] {
+  %x = f8e4m3fn[64,64]{1,0} parameter(0)
+  %y = f99[64,64]{1,0} parameter(1)
+  %start = ((f32[64,64]{1,0}), f32[16,64]{1,0}) reduce-scatter-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  %before = f32[64,64]{1,0} fusion(%y), kind=kLoop, calls=%absent
+  %update = ((f32[64,64]{1,0}), f32[16,64]{1,0}) reduce-scatter-update(%start)
+  %between = f8e4m3fn[64,64]{1,0} fusion(%x), kind=kLoop, calls=%absent
+  %done = f32[16,64]{1,0} reduce-scatter-done(%update)
+  %after = f32[64,64]{1,0} fusion(%x), kind=kLoop, calls=%absent
+  %scattered = f32[16,64]{1,0} reduce-scatter(%y), replica_groups={{0,1,2,3}}, dimensions={0}
+  %pair = ((f32[4], f32[6]), (f32[8], f32[12])) all-gather-start(%x, %y), replica_groups={{0,1}}, dimensions={0}
+  ROOT %small = f32[255]{0} fusion(%x), kind=kLoop, calls=%absent
+}
+"""
+
+
+def test_updates_tuples_and_scattered_arrays() -> None:
+    """A start awaited through an update; both arrays of a pair; a scattered array in full; a dtype not known here."""
+    started, scattered, pair = collectives(ASYNC, 4)
+    whole = 64 * 64 * 4
+    meanwhile = Work(0, 2 * whole + 2 * 64 * 64)
+    assert started == Collective("reduce-scatter", whole, 1, ((0, 1, 2, 3),), hiding_work=meanwhile)
+    assert scattered == Collective("reduce-scatter", whole, 1, ((0, 1, 2, 3),))
+    assert pair == Collective("all-gather", 4 * (8 + 12), 1, ((0, 1),))
+    sizes = [work.nbytes for _, work in kernels(ASYNC)]
+    assert sizes == [2 * whole, 2 * 64 * 64, whole + 64 * 64], "the last result is below 1 KiB"
+
+
+def test_a_collective_in_a_rare_branch_runs_at_least_once() -> None:
+    found = [c for c in collectives(program(), 8, branch_share=0.01) if c.times == 1 and c.in_loop]
+    assert found == [Collective("all-reduce", MATRIX, 1, LINES, True)]
+
+
+def test_bytes_sent_by_rings() -> None:
+    def sent(kind: str) -> float:
+        return Collective(kind, 100, 3, ((0, 1, 2, 3), (4, 5, 6, 7))).sent_bytes
+
+    assert sent("all-gather") == sent("reduce-scatter") == sent("all-to-all") == 3 * 75
+    assert sent("all-reduce") == 3 * 150
+    assert sent("collective-permute") == 3 * 100
 
 
 def test_axes_of_a_mesh() -> None:
@@ -163,8 +207,8 @@ def test_hosts() -> None:
     within, across, two_each = (
         Collective("all-reduce", 1, 1, groups) for groups in (((0, 1), (8, 9)), ((0, 8),), ((0, 1, 8, 9),))
     )
-    assert [c.spans(8) for c in (within, across, two_each)] == [False, True, True]
-    assert [c.fewest(8) for c in (within, across, two_each)] == [2, 1, 2]
+    assert [c.spans_hosts(8) for c in (within, across, two_each)] == [False, True, True]
+    assert [c.min_devices_per_host(8) for c in (within, across, two_each)] == [2, 1, 2]
 
 
 def test_collectives_of_a_compiled_program() -> None:
@@ -180,8 +224,8 @@ def test_collectives_of_a_compiled_program() -> None:
     reduced = Collective("all-reduce", 3 * 7 * 4, 5, LINES, in_loop=True)
     gathered = Collective("all-gather", 6 * 7 * 4, 1, COLUMNS)
     assert sorted(collectives(text, 8), key=lambda c: c.kind) == [gathered, reduced]
-    assert reduced.wire_bytes == 5 * 84 * 2 * 3 / 4
-    assert gathered.wire_bytes == 168 / 2
+    assert reduced.sent_bytes == 5 * 84 * 2 * 3 / 4
+    assert gathered.sent_bytes == 168 / 2
 
 
 @pytest.mark.usefixtures("compiler", "uncached")
@@ -202,5 +246,5 @@ def test_overlap_is_what_the_compiler_for_an_h100_scheduled() -> None:
         [sent] = collectives(jax.jit(mapped).lower(shape, shape).compile().as_text(), 8)
         return sent
 
-    assert found(needed=False).beside.flops == 2 * 1024**3
-    assert not found(needed=True).overlapped
+    assert found(needed=False).hiding_work.flops == 2 * 1024**3
+    assert not found(needed=True).is_overlapped
