@@ -40,24 +40,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0; any free port will do")
     group.add_argument("--processes", metavar="N", type=int, help="number of processes (default: from the launcher)")
-    group.add_argument(
-        "--process", metavar="I", type=int, help="index of this process, from 0 (default: from the launcher)"
-    )
+    group.add_argument("--process", metavar="I", type=int, help="index of this process, from 0 (default: likewise)")
     group.add_argument(
         "--heartbeat",
         metavar="SECONDS",
         type=int,
         default=HEARTBEAT_S,
-        help="a process that sends no heartbeat for this long is considered dead, and the run ends (default: "
-        "%(default)s)",
+        help="a process without a heartbeat for this long is considered dead, and the run ends (default: %(default)s)",
     )
     group.add_argument(
         "--join-timeout",
         metavar="SECONDS",
         type=float,
         default=JOIN_S,
-        help="seconds to wait for all processes at the start; missing ones are listed, and the run ends (default: "
-        "%(default)s)",
+        help="time to wait for all processes; missing ones are listed, and the run ends (default: %(default)s)",
     )
     group.add_argument(
         "--step-timeout",

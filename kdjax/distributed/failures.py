@@ -53,7 +53,7 @@ class FailureMonitor:
         else:
             code, text = 1, "".join(traceback.format_exception(error)).rstrip()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._publish(code, text)
+            self._write(FAILED, json.dumps([code, text]))
             self._thread.join()  # which ends this process
         exit_now(code, f"error on process {self._cluster.process} of {self._cluster.processes}: {text}")
 
@@ -69,44 +69,42 @@ class FailureMonitor:
     def _poll(self) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone: JAX itself ends this process
             while not self._finished.wait(POLL_S):
-                if self._client.key_value_dir_get(FAILED):
+                if self._read(FAILED):
                     self._end()
 
     def _end(self) -> NoReturn:
         """Exits with the failure's code. Process 0 prints every failure and exits last, as it hosts the service."""
-        client, process, count = self._client, self._cluster.process, self._cluster.processes
-        failures, this_watchdog = self._failures(), watchdog.active()
-        if any(code == HANG_EXIT_CODE for code, _ in failures.values()) and process not in failures and this_watchdog:
+        process, count, failures = self._cluster.process, self._cluster.processes, self._failures()
+        hangs = any(code == HANG_EXIT_CODE for code, _ in failures.values())
+        if hangs and process not in failures and watchdog.current is not None:
             # The process whose timeout ends first may be waiting for the one that really hangs.
-            self._publish(HANG_EXIT_CODE, this_watchdog.describe())
-        client.key_value_set(f"{ACKNOWLEDGED}{process}", "")
-        wait_until(lambda: len(client.key_value_dir_get(ACKNOWLEDGED)) == count, ACKNOWLEDGE_S)
+            self._write(FAILED, json.dumps([HANG_EXIT_CODE, watchdog.current.describe()]))
+        self._write(ACKNOWLEDGED)
+        wait_until(lambda: len(self._read(ACKNOWLEDGED)) == count, ACKNOWLEDGE_S)
         time.sleep(POLL_S)  # what fails on one process often fails on all
-        failures = self._failures()
-        alive = {_index(key) for key, _ in client.key_value_dir_get(ACKNOWLEDGED)}
+        failures, alive = self._failures(), set(self._read(ACKNOWLEDGED))
         code, report = failures[min(failures)][0], format_failures(failures, alive, count)
         if process != 0:
-            is_reported = wait_until(lambda: bool(client.key_value_dir_get(REPORTED)), 2 * ACKNOWLEDGE_S)
-            client.key_value_set(f"{EXITING}{process}", "")
+            is_reported = wait_until(lambda: bool(self._read(REPORTED)), 2 * ACKNOWLEDGE_S)
+            self._write(EXITING)
             # Where process 0 hangs, the first process that does not reports in its place.
             exit_now(code, "" if is_reported or process != min(alive - {0}) else report)
         sys.stdout.flush()
         print(report, file=sys.stderr, flush=True)
-        client.key_value_set(f"{REPORTED}0", "")
-        wait_until(lambda: len(client.key_value_dir_get(EXITING)) >= len(alive) - 1, ACKNOWLEDGE_S)
+        self._write(REPORTED)
+        wait_until(lambda: len(self._read(EXITING)) >= len(alive) - 1, ACKNOWLEDGE_S)
         exit_now(code)
 
-    def _publish(self, code: int, text: str) -> None:
-        failure = json.dumps([code, text])
-        self._client.key_value_set(f"{FAILED}{self._cluster.process}", failure, allow_overwrite=True)
+    def _write(self, prefix: str, value: str = "") -> None:
+        self._client.key_value_set(f"{prefix}{self._cluster.process}", value, allow_overwrite=True)
+
+    def _read(self, prefix: str) -> dict[int, str]:
+        """Returns what the processes have written under a prefix."""
+        return {int(key.rpartition("/")[2]): value for key, value in self._client.key_value_dir_get(prefix)}
 
     def _failures(self) -> dict[int, tuple[int, str]]:
         """Returns the exit code and error text of each process that failed."""
-        return {_index(key): json.loads(value) for key, value in self._client.key_value_dir_get(FAILED)}
-
-
-def _index(key: str) -> int:
-    return int(key.rpartition("/")[2])
+        return {process: json.loads(failure) for process, failure in self._read(FAILED).items()}
 
 
 def format_failures(failures: Mapping[int, tuple[int, str]], alive: set[int], count: int) -> str:
@@ -117,9 +115,8 @@ def format_failures(failures: Mapping[int, tuple[int, str]], alive: set[int], co
         where = "" if len(affected) == count else f" on {describe_processes(affected, count)}"
         lines.append(f"error{where}: {text}")
     if silent := sorted(set(range(count)) - alive):
-        lines.append(
-            f"error: no answer from {describe_processes(silent, count)}: killed or hanging; this may have come first"
-        )
+        where = describe_processes(silent, count)
+        lines.append(f"error: no answer from {where}: killed or hanging; this may have come first")
     return "\n".join(lines)
 
 

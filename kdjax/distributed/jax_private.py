@@ -2,7 +2,7 @@
 
 Public JAX lacks each of these: `jax.distributed` does not return the coordinator that it reads from a launcher's
 variables, nor its key-value store, and nothing tells whether XLA has read its flags or whether there is a GPU without
-starting a backend. tests/distributed passes with jax 0.10.2 and 0.12.0.1.
+starting a backend. Tested with jax 0.10.2, 0.11.2 and 0.12.0.1.
 """
 
 import os

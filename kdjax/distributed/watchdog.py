@@ -83,30 +83,25 @@ def _stacks() -> str:
     return "".join(f"in {', '.join(sorted(names))}:\n{stack}" for stack, names in threads_by_stack.items()).rstrip()
 
 
-_active: Watchdog | None = None
+current: Watchdog | None = None  # of this process, inside `watching`
 
 
 @contextlib.contextmanager
 def watching(timeout_s: float, on_hang: Callable[[HangError], None]) -> Iterator[None]:
     """Runs a `Watchdog` of this process inside; 0 seconds: none."""
-    global _active
+    global current
     if timeout_s <= 0:
         yield
         return
-    _active = Watchdog(timeout_s, on_hang)
+    current = Watchdog(timeout_s, on_hang)
     try:
         yield
     finally:
-        _active.stop()
-        _active = None
-
-
-def active() -> Watchdog | None:
-    """Returns this process's watchdog, where there is one."""
-    return _active
+        current.stop()
+        current = None
 
 
 def record_progress(what: str) -> None:
     """Tells the watchdog, where there is one, that this process has done something it would not do in a hang."""
-    if _active is not None:
-        _active.record_progress(what)
+    if current is not None:
+        current.record_progress(what)

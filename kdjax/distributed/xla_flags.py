@@ -16,7 +16,7 @@ programs that JAX 0.10.2 compiled; nothing was timed.
 import argparse
 import logging
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 
 import jax
 
@@ -95,7 +95,11 @@ def apply(name: str | None, pipe: int, environment: MutableMapping[str, str] = o
     """
     chosen = name or (default_set(pipe) if _expects_gpu() else "none")
     before = environment.get("XLA_FLAGS", "").strip()
-    added = _missing_flags(FLAG_SETS[chosen], before)
+    given = {word.removeprefix("--").partition("=")[0] for word in before.split()}
+    missing = {option: value for option, value in FLAG_SETS[chosen].items() if option not in given}
+    added = [
+        f"--{option}={str(value).lower() if isinstance(value, bool) else value}" for option, value in missing.items()
+    ]
     if not added:
         return chosen
     if before and not before.startswith("--"):
@@ -104,16 +108,6 @@ def apply(name: str | None, pipe: int, environment: MutableMapping[str, str] = o
     environment["XLA_FLAGS"] = " ".join([before, *added]).strip()
     log.info("XLA flags of %s%s: %s", chosen, "" if name else " (--xla is not set)", " ".join(added))
     return chosen
-
-
-def _missing_flags(options: Mapping[str, bool | int | str], flags: str) -> list[str]:
-    """Returns the options that `flags` does not set yet, as words of XLA_FLAGS."""
-    given = {word.removeprefix("--").partition("=")[0] for word in flags.split()}
-    return [
-        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in options.items()
-        if name not in given
-    ]
 
 
 def _expects_gpu() -> bool:

@@ -30,13 +30,9 @@ def make_plan(
 ) -> Plan:
     """Compiles the training step of a resolved configuration for a target, and returns its plan.
 
-    Args:
-      target: a key of `TARGETS`, or with "_sxm" appended.
-      devices: number of GPUs.
-      top_k: teacher entries per position, where data.top_k is not set.
-      flags: a set of `kdjax.distributed.xla_flags`; None: the one that training uses on GPUs. As in training, flags
-        in XLA_FLAGS take precedence.
-      options: further compiler options, as for `jax.stages.Lowered.compile`.
+    `target` is a key of `TARGETS`, with or without "_sxm"; `top_k` the teacher entries where data.top_k is not set.
+    `flags` is a set of `kdjax.distributed.xla_flags`, by default the one that training uses on GPUs; as there, flags in
+    XLA_FLAGS take precedence. `options` are further compiler options, as for `jax.stages.Lowered.compile`.
 
     Raises UserError where the configuration does not fit the devices, or the compiler is not installed.
     """

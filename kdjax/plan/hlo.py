@@ -71,12 +71,10 @@ class Collective:
 
 
 def collectives(program: str, devices: int, branch_share: float = 1.0, on_chip: int = 0) -> list[Collective]:
-    """Returns every collective of `compiled.as_text()` over more than one device, with its runs per step.
+    """Returns every collective of `compiled.as_text()` over more than one device.
 
-    Args:
-      devices: number of devices that the program runs on.
-      branch_share: the share of a conditional's runs that take each of its branches.
-      on_chip: see `kernels`.
+    The program runs on `devices`. Each branch of a conditional runs in `branch_share` of the conditional's runs. For
+    `on_chip` see `kernels`.
 
     Raises ValueError where the text gives a collective's devices in a form that is not known here.
     """

@@ -167,7 +167,7 @@ def test_the_jobset_gives_flags_that_exist_and_numbers_that_agree() -> None:
     flags = dict(argument.split("=") for argument in container["args"])
     assert container["command"][-2:] == ["-m", "kdjax.train"]
     assert flags.keys() <= known_flags()
-    assert (ROOT / flags["--config"]).exists()
+    assert flags["--config"] in command_line.recipes()
     assert job["completionMode"] == "Indexed"
     assert job["parallelism"] == job["completions"] == int(flags["--processes"])
     name = jobset["metadata"]["name"]

@@ -55,10 +55,10 @@ def test_a_single_process_is_watched_only_when_asked_for() -> None:
     for timeout_s in (None, 0):
         with processes.joined(None, step_timeout_s=timeout_s):
             watchdog.record_progress("nobody listens")
-            assert watchdog.active() is None
+            assert watchdog.current is None
     with processes.joined(None, step_timeout_s=60):
-        assert watchdog.active() is not None
-    assert watchdog.active() is None
+        assert watchdog.current is not None
+    assert watchdog.current is None
 
 
 def test_training_records_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
