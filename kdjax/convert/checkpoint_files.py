@@ -85,13 +85,9 @@ def list_files(path: Path) -> Files:
             members = [member for member in tar if member.isfile()]
     except tarfile.TarError as error:
         raise UserError(
-            f"{path} is not an uncompressed tar archive ({error}). If it is a compressed .nemo file, unpack it "
-            f"(mkdir DIR && tar xf {path.name} -C DIR) and convert DIR"
+            f"{path} is not a complete, uncompressed tar archive ({error}). If it is truncated, copy it again; if it "
+            f"is a compressed .nemo file, unpack it (mkdir DIR && tar xf {path.name} -C DIR) and convert DIR"
         ) from error
-    size = path.stat().st_size
-    for member in members:
-        if member.offset_data + member.size > size:
-            raise UserError(f"{path} ends in the middle of {member.name}: the file is truncated; copy it again")
     return {
         member.name.removeprefix("./"): ByteRange(path, member.offset_data, member.size, f"{path}:{member.name}")
         for member in members

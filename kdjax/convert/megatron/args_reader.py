@@ -16,8 +16,8 @@ LLAMA3_SCALING = (1.0, 4.0, 8192.0)
 
 # Settings of features that kdjax's model does not have, from any of the three configurations.
 UNSUPPORTED = {
-    "num_experts": "mixtures of experts",
-    "num_moe_experts": "mixtures of experts",
+    "num_experts": "mixture of experts",
+    "num_moe_experts": "mixture of experts",
     "multi_latent_attention": "multi-latent attention",
     "mtp_num_layers": "multi-token prediction",
     "rotary_interleaved": "interleaved rotary positions",

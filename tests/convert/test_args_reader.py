@@ -1,14 +1,15 @@
-"""What args, NeMo's YAML and Megatron-Bridge's configuration say of the architecture, and what they may not say."""
+"""Megatron's args, NeMo's YAML and Megatron-Bridge's configuration state the architecture, or cannot be expressed."""
 
 import json
+import re
 from typing import Any
 
 import megatron_goldens as megatron
 import pytest
 
 from kdjax.config import ModelConfig
-from kdjax.convert.architecture import Stated, format_table, resolve
-from kdjax.convert.megatron.args_reader import from_args, from_nemo, from_provider
+from kdjax.convert.architecture import Stated, resolve
+from kdjax.convert.megatron.args_reader import SUPPORTED_VALUES, UNSUPPORTED, from_args, from_nemo, from_provider
 from kdjax.types import UserError
 
 NEMO = {
@@ -62,7 +63,15 @@ def model(stated: dict[str, Stated]) -> ModelConfig:
         ("gpt2ish", {"use_rotary_position_embeddings": True}, {"position": "rope"}),
         ("gpt2ish", {}, {"vocab_size": 500}),
         ("gpt2ish", {"tokenizer_type": "GPT2BPETokenizer"}, {"vocab_size": 499}),
+        ("gpt2ish", {"tokenizer_type": "NullMultimodalTokenizer"}, {"vocab_size": 500}),
         ("gpt2ish", {"ffn_hidden_size": None}, {"d_ff": 256}),
+        ("llamaish", {"group_query_attention": "absent"}, {"n_groups": 4}),
+        ("llamaish", {"add_bias_linear": "absent"}, {"bias": True}),
+        ("llamaish", {"untie_embeddings_and_output_weights": "absent"}, {"tied": True}),
+        ("llamaish", {"add_qkv_bias": True}, {"bias": False, "qkv_bias": True}),
+        ("gpt2ish", {"add_qkv_bias": True}, {"bias": True, "qkv_bias": False}),
+        ("gpt2ish", {"max_position_embeddings": None, "encoder_seq_length": 48}, {"max_positions": 48}),
+        ("gpt2ish", {"bias_gelu_fusion": True, "add_bias_linear": "absent"}, {"activation": "gelu_tanh"}),
     ],
 )
 def test_args(variant: str, changes: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -83,6 +92,15 @@ def test_args(variant: str, changes: dict[str, Any], expected: dict[str, Any]) -
         ({"position_embedding_type": "rope", "rotary_percentage": 0.5}, {"position": "rope", "rope_fraction": 0.5}),
         ({"share_embeddings_and_output_weights": False}, {"tied": False}),
         ({"scale_positional_embedding": True}, {"rope_llama3": (8, 1, 4, 8192)}),
+        ({"scale_positional_embedding": True, "scale_factor": 4}, {"rope_llama3": (4, 1, 4, 8192)}),
+        ({"seq_len_interpolation_factor": 2}, {"rope_linear_factor": 2}),
+        ({"normalization": "low_precision_layernorm"}, {"norm": "layernorm"}),
+        ({"normalization": "rmsnorm", "qk_layernorm": True}, {"norm": "rmsnorm", "qk_norm": True}),
+        ({"activation": "openai_gelu", "bias": False}, {"activation": "gelu_tanh"}),
+        ({"openai_gelu": True, "bias": False}, {"activation": "gelu_tanh"}),
+        ({"activation": "swiglu", "bias_activation_fusion": True}, {"activation": "swiglu"}),
+        ({"num_layers": None, "encoder_num_layers": 6}, {"layers": 6}),
+        ({"max_position_embeddings": None, "encoder_seq_length": 48, "seq_length": 64}, {"max_positions": 48}),
     ],
 )
 def test_nemo(changes: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -100,6 +118,17 @@ def test_nemo(changes: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"layernorm_zero_centered_gamma": True}, {"norm": "layernorm_1p"}),
         ({"scale_factor": 8.0, "old_context_len": 4096}, {"rope_llama3": (8, 1, 4, 4096)}),
         ({"add_bias_linear": False, "add_qkv_bias": True}, {"qkv_bias": True}),
+        ({"bias_gelu_fusion": True}, {"activation": "gelu_tanh"}),
+        ({"bias_gelu_fusion": True, "add_bias_linear": False}, {"activation": "gelu"}),
+        ({"activation_func": None}, {"activation": "gelu"}),
+        ({"activation_func": "megatron.core.fusions.fast_gelu"}, {"activation": "gelu_tanh"}),
+        ({"activation_func": {"_target_": "nemo.openai_gelu"}}, {"activation": "gelu_tanh"}),
+        ({"use_rope_scaling": True, "rope_scaling_factor": 16.0}, {"rope_llama3": (16, 1, 4, 8192)}),
+        ({"rope_scaling": True, "low_freq_factor": 2, "high_freq_factor": 5}, {"rope_llama3": (8, 2, 5, 8192)}),
+        ({"seq_len_interpolation_factor": 2}, {"rope_linear_factor": 2}),
+        ({"num_query_groups": 2}, {"n_groups": 2}),
+        ({"share_embeddings_and_output_weights": False}, {"tied": False}),
+        ({"normalization": "RMSNorm", "qk_layernorm": True}, {"norm": "rmsnorm", "qk_norm": True}),
     ],
 )
 def test_provider(changes: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -107,10 +136,49 @@ def test_provider(changes: dict[str, Any], expected: dict[str, Any]) -> None:
     assert {key: getattr(found, key) for key in expected} == expected
 
 
+def test_all_that_is_stated_and_where() -> None:
+    """Origins are shown in the table and stored in provenance.json."""
+    stated = {key: (found.value, found.origin) for key, found in from_args(args("llamaish"), "somewhere").items()}
+    assert stated == {
+        "layers": (4, "args: num_layers 4"),
+        "d_model": (64, "args: hidden_size 64"),
+        "n_heads": (4, "args: num_attention_heads 4"),
+        "head_dim": (16, "args: kv_channels 16"),
+        "norm_eps": (1e-05, "args: layernorm_epsilon 1e-05"),
+        "d_ff": (160, "args: ffn_hidden_size 160"),
+        "rope_theta": (10000, "args: rotary_base 10000"),
+        "rope_fraction": (1.0, "args: rotary_percent 1.0"),
+        "n_groups": (2, "args: group_query_attention True, num_query_groups 2"),
+        "position": ("rope", "args: position_embedding_type rope"),
+        "norm": ("rmsnorm", "args: normalization RMSNorm"),
+        "bias": (False, "args: add_bias_linear False"),
+        "activation": ("swiglu", "args: swiglu True"),
+        "tied": (False, "args: untie_embeddings_and_output_weights True"),
+        "padded_vocab_size": (512, "args: padded_vocab_size 512"),
+        "vocab_size": (500, "args: vocab_size 499, tokenizer_type NullTokenizer"),
+    }
+    unstated = "model_config.yaml: not stated, Megatron default"
+    stated = {key: (found.value, found.origin) for key, found in from_nemo(NEMO, "somewhere").items()}
+    assert stated == {
+        "layers": (4, "model_config.yaml: num_layers 4"),
+        "d_model": (64, "model_config.yaml: hidden_size 64"),
+        "n_heads": (4, "model_config.yaml: num_attention_heads 4"),
+        "d_ff": (192, "model_config.yaml: ffn_hidden_size 192"),
+        "n_groups": (4, unstated),
+        "position": ("learned", unstated),
+        "max_positions": (32, "model_config.yaml: max_position_embeddings 32"),
+        "norm": ("layernorm", unstated),
+        "bias": (True, unstated),
+        "activation": ("gelu_tanh", unstated),
+        "tied": (True, unstated),
+        "vocab_size": (500, "model_config.yaml: override_vocab_size 500"),
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_experts": 8}, r"somewhere: num_experts = 8: kdjax's model has no mixtures of experts"),
+        ({"num_experts": 8}, r"somewhere: num_experts = 8: kdjax's model has no mixture of experts"),
         ({"multi_latent_attention": True}, r"multi_latent_attention = True: .* no multi-latent attention"),
         ({"position_embedding_type": "alibi"}, r"position_embedding_type = 'alibi': .*rope, learned_absolute"),
         ({"position_embedding_type": "yarn"}, r"'yarn'"),
@@ -126,6 +194,19 @@ def test_provider(changes: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_features_without_a_counterpart(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         from_args(args(**changes), "somewhere")
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_every_feature_is_refused_only_if_it_is_used(name: str) -> None:
+    unused = [None, SUPPORTED_VALUES[name]] if name in SUPPORTED_VALUES else [None, False, 0, 0.0, [], "", "none"]
+    for value in unused:
+        from_args(args(**{name: value}), "somewhere")
+    readers = (from_nemo, NEMO), (lambda found, source: from_provider(found, "x.yaml", source), PROVIDER)
+    for read, found in ((from_args, args()), *readers):
+        with pytest.raises(
+            UserError, match=rf"somewhere: {name} = 7: kdjax's model has no {re.escape(UNSUPPORTED[name])}"
+        ):
+            read(found | {name: 7}, "somewhere")
 
 
 def test_features_of_the_other_two() -> None:
@@ -155,36 +236,3 @@ def test_gemma_scales_its_embeddings_in_code(target: str) -> None:
         from_provider(PROVIDER | {"_target_": target}, "run_config.yaml", "somewhere")
     llama = PROVIDER | {"_target_": "megatron.bridge.models.llama.llama_provider.Llama3ModelProvider8B"}
     assert from_provider(llama, "run_config.yaml", "somewhere")["layers"].value == PROVIDER["num_layers"]
-
-
-def test_learned_positions_need_their_number() -> None:
-    stated = {key: found for key, found in from_args(args(), "somewhere").items() if key != "max_positions"}
-    with pytest.raises(UserError, match=r"model.max_positions = None: learned positions need their number.*--arch"):
-        resolve(stated, [])
-    assert resolve(stated, ["max_positions=31"])[0].max_positions == 31
-
-
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("layers", r"--arch layers: write --arch KEY=VALUE"),
-        ("layer=4", r"--arch layer=4: there is no such key; did you mean layers\?"),
-        ("dtype=float32", r"--arch dtype=float32: there is no such key"),
-        ("layers=four", r"model.layers = 'four' is a str; it must be int"),
-        ("activation=relu", r"model.activation = 'relu': choose one of swiglu, gelu"),
-        ("n_groups=3", r"model.n_groups = 3: it must divide model.n_heads = 4; .*--arch KEY=VALUE"),
-        ("vocab_size=600", r"padded_vocab_size = 512: it must be at least model.vocab_size = 600"),
-    ],
-)
-def test_words_of_the_command_line(word: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        resolve(from_args(args(), "somewhere"), [word])
-
-
-def test_the_table_says_where_each_value_came_from() -> None:
-    _, origins = resolve(from_args(args(), "somewhere"), ["norm_eps=1e-6"])
-    lines = [line.split(maxsplit=2) for line in format_table(origins).splitlines()]
-    assert ["layers", "4", "args: num_layers 4"] in lines
-    assert ["n_groups", "4", "args: group_query_attention False"] in lines
-    assert ["norm_eps", "1e-06", "--arch norm_eps=1e-6"] in lines
-    assert ["rope_llama3", "None", "default"] in lines
