@@ -27,8 +27,8 @@ class Requirements:
 
     data: DataConfig
     vocab_size: int  # the student's true vocabulary
-    need_log_sum_exp: bool = False
-    ignore_teacher_ids: bool = False  # they belong to another vocabulary: only values and ranks are used
+    need_log_sum_exp: bool
+    ignore_teacher_ids: bool  # they belong to another vocabulary: only values and ranks are used
 
 
 @dataclasses.dataclass(frozen=True)

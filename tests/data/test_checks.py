@@ -23,7 +23,7 @@ NAN, INF = math.nan, math.inf
 def checked(record: dict, need_log_sum_exp: bool | None = None, **knobs) -> tuple[Record, Findings]:
     if need_log_sum_exp is None:
         need_log_sum_exp = record.get("log_sum_exp_logits") is not None
-    requirements = Requirements(DataConfig(**knobs), VOCAB, need_log_sum_exp)
+    requirements = Requirements(DataConfig(**knobs), VOCAB, need_log_sum_exp, ignore_teacher_ids=False)
     return check(decode(line(record), "F, record 12"), requirements, "F, record 12")
 
 
