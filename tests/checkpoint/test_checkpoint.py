@@ -267,7 +267,7 @@ def test_training_starts_from_some_layers(saved: Path, tmp_path: Path) -> None:
 def test_a_damaged_array_is_named(saved: Path) -> None:
     for path in (saved / "params").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(UserError, match=r"params( is no complete|: \S+ cannot be)(.|\n)*\bbyte range"):
+    with pytest.raises(UserError, match=r"params( is not a complete|: \S+ cannot be)(.|\n)*\bbyte range"):
         load_params(saved, MODEL)
-    with pytest.raises(UserError, match=r"is no complete Orbax checkpoint"):
+    with pytest.raises(UserError, match=r"is not a complete Orbax checkpoint"):
         open_arrays(saved)
