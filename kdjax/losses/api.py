@@ -1,27 +1,27 @@
-"""The distillation losses, and who computes them.
+"""The public losses, and the check of everything that goes into them.
 
-`implementation` names one of the following; None chooses by platform and settings and logs its choice once,
-and an explicit choice is never replaced by another.
+`implementation` names one of the following. None lets `dispatch.py` choose by platform and settings and logs the choice
+once; an explicit choice is never replaced by another.
 
 - "reference": the specification as algebra (`reference.py`), differentiated by JAX. Never chosen.
-- "xla": derivatives by hand in plain JAX (`xla.py`), for any platform and dtype. Chosen where no other is.
-- "pallas": the same as one GPU kernel a direction (`pallas.py`, Pallas with the Triton lowering). Chosen on
-  NVIDIA GPUs for losses that depend on the logsumexp over the vocabulary, on one device or inside `jax.shard_map`:
-  under plain `jit` XLA would gather logits that are sharded.
-- "triton": the same kernels through jax-triton (`triton.py`, extra "triton"). Never chosen: Pallas needs no extra.
-- "gathered": K rows of the unembedding instead of V (`gathered.py`), `linear_topk_kd_loss` only. Chosen where
-  the loss depends on the K taught logits alone (sft_loss_weight = 0, tail = "renormalize", matching by id) and
-  K / V is small enough (`choice.GATHER_BELOW`).
-- "pallas_interpret": the Pallas kernels' arithmetic on any platform, slowly. Never chosen: it is for tests.
+- "xla": derivatives by hand in plain JAX (`rows/xla.py`), for any platform and dtype. Chosen where no other is.
+- "pallas": the same as one GPU kernel per direction (`rows/pallas.py`, Pallas lowered through Triton). Chosen on NVIDIA
+  GPUs for losses that depend on the logsumexp over the vocabulary, on one device or inside `jax.shard_map`: under plain
+  `jit` XLA would gather sharded logits.
+- "triton": the same kernels through jax-triton (`rows/triton.py`, extra "triton"). Never chosen: Pallas needs no extra.
+- "gathered": K rows of the unembedding instead of V (`fused/gathered.py`), `linear_topk_kd_loss` only. Chosen where the
+  loss depends on the K taught logits alone (sft_loss_weight = 0, tail = "renormalize", matching by id) and K / V is
+  small enough (`dispatch.GATHER_BELOW`).
+- "pallas_interpret": the arithmetic of the Pallas kernels on any platform, slowly. Never chosen: it is for tests.
 
 `axis_name` names the mesh axes, major to minor, over which the vocabulary (the columns of the logits, the rows of the
-unembedding) is sharded, inside `jax.shard_map`. All other arguments are the same on all shards, and so are the
-results. One all-reduce of K + 1 + 2 shards numbers a position joins them (under rank matching, of K a shard), a
-second one in the backward pass of `linear_topk_kd_loss` sums the hidden states' gradient. Under
+unembedding) is sharded, inside `jax.shard_map`. All other arguments are the same on all shards, and so are the results.
+One all-reduce of K + 1 + 2 shards numbers per position joins the shards (under rank matching, of K per shard); a second
+one in the backward pass of `linear_topk_kd_loss` sums the gradient of the hidden states. Under
 `shard_map(..., check_vma=False)` differentiate inside of it.
 
-`vocab_size` is the true V where the vocabulary is padded, on all shards together: columns from V on stay out of the
-loss and have gradient 0. None: none is padded.
+`vocab_size` is the true V, over all shards together, if the vocabulary is padded: columns from V on stay out of the
+loss and have gradient 0. None: there is no padding.
 """
 
 import jax.numpy as jnp
@@ -67,42 +67,42 @@ def topk_kd_loss(
     vocab_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
-    """The distillation loss of each position against the teacher's cached top-k, and its two terms.
+    """Returns the distillation loss of each position against the teacher's cached top-k, and its two terms.
 
-    Computed in float32 whatever the logits' dtype (float64 for float64). Differentiable in `student_logits`
-    through any of the three results. Mask positions with `jnp.where(mask, loss, 0)`: a masked position then
-    has a gradient of exactly 0 even where it holds NaN or ids out of range (not so with "reference").
+    The loss is computed in float32 whatever the logits' dtype (in float64 for float64), and differentiable by
+    `student_logits` through any of the three results. Mask positions with `jnp.where(mask, loss, 0)`: a masked position
+    then has a gradient of exactly 0 even if it holds NaN or ids out of range (except with "reference").
 
     Args:
-      student_logits: [B, T, V], float32, bfloat16 or float16; with `axis_name`, this shard's columns of it.
-      topk_logits: the teacher's values, in any order and with any shift; -inf marks an absent entry, which
-        takes part in nothing. A position where all are absent has a kd of 0.
-      topk_token_ids: their ids. One outside [0, V), negative ones too, makes the position's kd NaN, and under
-        `jax.experimental.checkify` (errors=user_checks) a named error. Ids that occur twice in a row count twice.
-      labels: ids of the next tokens; one outside [0, V) makes the position's sft NaN. Not read when
-        `sft_loss_weight` is 0.
+      student_logits: [B, T, V], float32, bfloat16 or float16; with `axis_name`, this shard's columns.
+      topk_logits: the teacher's values, in any order and with any shift. -inf marks an absent entry, which is ignored;
+        a position whose entries are all absent has a kd of 0.
+      topk_token_ids: the ids of `topk_logits`. An id outside [0, V), which includes negative ids, makes the position's
+        kd NaN, and raises an error that names it under `jax.experimental.checkify` (errors=user_checks). An id that
+        occurs twice at a position counts twice.
+      labels: the ids of the next tokens; one outside [0, V) makes the position's sft NaN. Not read if `sft_loss_weight`
+        is 0.
       kd_loss: "fwd_kl" KL(teacher | student), "bwd_kl" KL(student | teacher), or "jsd", the Jensen-Shannon
         divergence generalised by `jsd_beta`.
-      kd_loss_weight, sft_loss_weight: static numbers, 0 or more. A term of weight 0 stays out of the loss;
-        with `sft_loss_weight` = 0 the sft result is 0, as in NeMo-Aligner, and no pass over the vocabulary is
-        made for it.
+      kd_loss_weight, sft_loss_weight: static numbers, 0 or more. A term of weight 0 stays out of the loss; if
+        `sft_loss_weight` is 0, the sft result is 0, as in NeMo-Aligner, and costs no pass over the vocabulary.
       logits_scale: multiplies the student's logits in both terms (1 / temperature).
       target_logits_scale: multiplies the teacher's.
-      cross_tokenizer: "rank_match" (or True) compares the student's own K largest logits, sorted, with the
-        teacher's values, sorted, and ignores the teacher's ids. None or False: compare by id.
-      tail: what becomes of the mass outside the top-k. "renormalize": dropped, both distributions sum to 1
-        over the K entries. "ghost": one more bucket on either side, whose mass is what `log_sum_exp_logits` and
-        the student's own logsumexp leave over; K = V leaves it almost nothing (`reference.MAX_LOG_MASS`).
-      log_sum_exp_logits: [B, T], the teacher's logsumexp over its whole vocabulary, under the same shift as
+      cross_tokenizer: "rank_match" (or True) compares the student's own K largest logits, sorted, with the teacher's
+        values, sorted, and ignores the teacher's ids. None (or False) compares by id.
+      tail: what becomes of the mass outside the top-k. "renormalize" drops it: both distributions sum to 1 over the K
+        entries. "ghost" makes it one more bucket in both, with the mass that `log_sum_exp_logits` and the student's own
+        logsumexp leave to it; if K = V that is almost nothing (`reference.MAX_LOG_MASS`).
+      log_sum_exp_logits: [B, T], the teacher's logsumexp over its whole vocabulary, with the same shift as
         `topk_logits`. Read by tail="ghost" only.
-      jsd_beta: weight of the teacher in jsd's mixture, between 0 and 1.
-      axis_name, vocab_size, implementation: see `kdjax.losses`.
+      jsd_beta: the weight of the teacher in jsd's mixture, between 0 and 1, both excluded.
+      axis_name, vocab_size, implementation: see `kdjax.losses.api`.
 
     Returns:
       loss = kd_loss_weight * kd + sft_loss_weight * sft, kd, and sft, each [B, T] in nats.
 
     Raises:
-      UserError: a setting or an array that cannot work, with the remedy.
+      UserError: a setting or an array cannot work; the message says why and what would.
     """
     objective = Objective(
         kd_loss=kd_loss,
@@ -150,24 +150,24 @@ def linear_topk_kd_loss(
     chunk_tokens: int | None = None,
     implementation: str | None = None,
 ) -> LossSums:
-    """`topk_kd_loss` of the logits hidden @ unembed.T, summed over positions, without holding [B, T, V].
+    """Returns the sums over positions of `topk_kd_loss` of the logits hidden @ unembed.T, without holding [B, T, V].
 
-    The matmuls multiply in the wider of the arguments' dtypes and accumulate in float32; gradients come back
-    in the arguments' own dtypes, rounded once. Differentiable in `hidden` and `unembed`, through `.loss` only:
-    the gradients are made along with the losses, in three matmuls; without differentiation there is one.
+    The matmuls multiply in the wider of the arguments' dtypes and accumulate in float32 (float64 for float64);
+    gradients come back in the arguments' own dtypes, rounded once. Differentiable by `hidden` and `unembed`, through
+    `.loss` only: the gradients are computed along with the losses, in three matmuls; the losses alone take one.
 
     Args:
       hidden: [B, T, D], the student's last hidden states, after the final norm.
-      unembed: [V, D], one row a token (the layout of a tied embedding); with `axis_name`, this shard's rows.
+      unembed: [V, D], one row per token (the layout of a tied embedding); with `axis_name`, this shard's rows.
       loss_mask: [B, T], the weight of each position in the sums; a position of weight 0 may hold anything.
-      chunk_tokens: positions whose logits (or gathered rows) exist at once; None: chosen by platform.
+      chunk_tokens: the number of positions whose logits (or gathered rows) exist at once; None: chosen by platform.
       The other arguments are those of `topk_kd_loss`.
 
     Returns:
       `LossSums`, scalars in float32.
 
     Raises:
-      UserError: a setting or an array that cannot work, with the remedy.
+      UserError: a setting or an array cannot work; the message says why and what would.
     """
     objective = Objective(
         kd_loss=kd_loss,
@@ -207,7 +207,9 @@ def linear_losses(
     """Returns `linear_topk_kd_loss` with its settings as an `Objective` and the arrays to learn from as one tuple."""
     objective.check()
     if chunk_tokens is not None and chunk_tokens < 1:
-        raise UserError(f"chunk_tokens = {chunk_tokens!r} holds no position; give 1 or more, or None to choose")
+        raise UserError(
+            f"chunk_tokens = {chunk_tokens!r} would hold no position; give 1 or more, or None to choose by platform"
+        )
     hidden, unembed, loss_mask = jnp.asarray(hidden), jnp.asarray(unembed), jnp.asarray(loss_mask)
     check_linear(hidden, unembed, loss_mask)
     supervision = supervise(objective, supervision)
@@ -223,29 +225,30 @@ def linear_losses(
     return linear.linear_losses(call, hidden, unembed, supervision, loss_mask, chunk_tokens)
 
 
-def _vocabulary(axis_name: str | tuple[str, ...] | None, vocab_size: int | None, columns: int) -> Vocabulary:
-    """The vocabulary that `columns` logits here belong to. Raises UserError when it cannot be."""
+def _vocabulary(axis_name: str | tuple[str, ...] | None, vocab_size: int | None, width: int) -> Vocabulary:
+    """Returns the vocabulary that has `width` columns here. Raises UserError if there can be no such vocabulary."""
     axis_names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     try:
-        padded = columns * Vocabulary(columns, axis_names).shards
+        padded = width * Vocabulary(width, axis_names).shards
     except NameError:
         raise UserError(
-            f"axis_name = {axis_name!r} is no mesh axis here; call the loss inside jax.shard_map over a mesh that has"
-            " it, or give axis_name = None for the whole vocabulary"
+            f"axis_name = {axis_name!r} is not a mesh axis here; call the loss inside jax.shard_map over a mesh that"
+            " has this axis, or give axis_name = None for the whole vocabulary"
         ) from None
     if vocab_size is None:
         return Vocabulary(padded, axis_names)
     if not isinstance(vocab_size, int) or not 1 <= vocab_size <= padded:
         raise UserError(
-            f"vocab_size = {vocab_size!r} is not between 1 and the {padded} columns there are ({columns} a shard);"
+            f"vocab_size = {vocab_size!r} is not between 1 and the number of columns, {padded} ({width} per shard);"
             " give the number of token ids, or None if no column is padding"
         )
     return Vocabulary(vocab_size, axis_names)
 
 
 def _check_whole(vocabulary: Vocabulary) -> None:
+    """Raises UserError if the vocabulary is sharded."""
     if vocabulary.axis_names:
         raise UserError(
-            f"implementation = 'reference' takes the whole vocabulary, not shards over {vocabulary.axis_names};"
+            f"implementation = 'reference' needs the whole vocabulary, not shards over {vocabulary.axis_names};"
             " choose 'xla' or gather the logits and give axis_name = None"
         )

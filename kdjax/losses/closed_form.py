@@ -1,18 +1,19 @@
-"""The objective on the few numbers of each position that it depends on, and its derivatives by them.
+"""The losses of a position as functions of the few numbers that they depend on, and their derivatives by these numbers.
 
-All of the student that enters a position's loss is K + 2 numbers: the logits at the teacher's ids, the logit
-of the label, and the logsumexp. Whoever makes the pass over the vocabulary picks them (`Picked`), asks here for
-the losses and their derivatives by the picked numbers, and spreads those over the vocabulary again.
+A position's loss depends on the student through K + 2 numbers: the logits at the teacher's ids, the logit of the label,
+and the logsumexp. An implementation passes over the vocabulary to pick them (`Picked`), computes the losses and their
+derivatives by the picked numbers here, and spreads these derivatives over the vocabulary again.
 
-Everything here is elementwise or a reduction over K, so a GPU kernel can run it on its own row. Derivatives are
-closed formulas: with f_k the share of bucket k in the divergence and d_k = df_k / d log q_k,
+Everything here is elementwise or a reduction over K, so that a GPU kernel can run it on its own row. The derivatives
+are closed formulas: with f_k the share of bucket k in the divergence and d_k = df_k / d log q_k,
 
     fwd_kl  f = p (log p - log q)                        d = -p
     bwd_kl  f = q (log q - log p)                        d = q (log q - log p + 1)
     jsd     f = b p (log p - log m) + (1 - b) q (log q - log m)    d = (1 - b) q (log q - log m)
 
-renormalised, log q_k = scale z_k - logsumexp_K(scale z), so dkd/dz_k = scale (d_k - q_k sum_j d_j). With the
-ghost's tail, q_tail = 1 - sum_k q_k, each d_k also takes -d_tail q_k / q_tail, and log q_k = scale z_k - lse.
+Renormalised, log q_k = scale z_k - logsumexp_K(scale z), so that dkd/dz_k = scale (d_k - q_k sum_j d_j). With a ghost
+tail, log q_k = scale z_k - lse and q_tail = 1 - sum_k q_k, so that each d_k also gets -d_tail q_k / q_tail, unless
+the tail is clamped and thus constant (`reference.MAX_LOG_MASS`).
 """
 
 from typing import NamedTuple
@@ -29,9 +30,9 @@ Losses = tuple[Float[Array, "*P"], Float[Array, "*P"], Float[Array, "*P"]]  # lo
 class Picked(NamedTuple):
     """What the objective needs of student logits z [V], in the computation dtype.
 
-    `row_max` is a constant to derivatives: losses depend on differences of logits only, and those taken from
-    the row's maximum keep their digits when all logits are near 1000. It and `log_sum` are None where no pass
-    over the vocabulary was made.
+    `row_max` is a constant to derivatives: losses depend on differences of logits only, and differences from the row's
+    maximum keep their digits when all logits are near 1000. `row_max` and `log_sum` are None if no pass over the
+    vocabulary was made.
     """
 
     topk: Float[Array, "*P K"]  # z at the teacher's ids; NaN at absent entries and at ids outside [0, V)
@@ -41,7 +42,7 @@ class Picked(NamedTuple):
 
 
 class PickedCotangents(NamedTuple):
-    """Cotangents of `Picked`'s logits and of its log-sum (None where no loss depends on it)."""
+    """Cotangents of the logits of `Picked` and of its log-sum (None if no loss depends on that)."""
 
     topk: Float[Array, "*P K"]
     label: Float[Array, "*P"]
@@ -51,7 +52,7 @@ class PickedCotangents(NamedTuple):
 def evaluate(
     objective: Objective, picked: Picked, supervision: Supervision, kd: Float[Array, "*P"] | None = None
 ) -> Losses:
-    """(loss, kd, sft) of each position in nats, from a kd already known if there is one.
+    """Returns (loss, kd, sft) of each position in nats; `kd` is the kd term if it is known already.
 
     A term of weight 0 stays out of the loss, whatever its value.
     """
@@ -66,7 +67,7 @@ def evaluate(
 
 
 def term_cotangents(objective: Objective, cotangents: Losses) -> tuple[Float[Array, "*P"], Float[Array, "*P"]]:
-    """The cotangents of kd and sft, from those of `evaluate`'s three results."""
+    """Returns the cotangents of kd and sft, given those of the three results of `evaluate`."""
     loss_ct, kd_ct, sft_ct = cotangents
     kd_ct = objective.kd_loss_weight * loss_ct + kd_ct
     sft_weight = objective.sft_loss_weight
@@ -74,7 +75,7 @@ def term_cotangents(objective: Objective, cotangents: Losses) -> tuple[Float[Arr
 
 
 def kd_term(objective: Objective, picked: Picked, supervision: Supervision) -> Float[Array, "*P"]:
-    """The divergence of the teacher's and the student's distributions over the buckets, in nats."""
+    """Returns the divergence of the teacher's and the student's distributions over the buckets, in nats."""
     buckets = _buckets(objective, picked, supervision)
     kd = _share(objective, buckets.log_p, buckets.log_q).sum(axis=-1)
     if buckets.log_p_tail is None or buckets.log_q_tail is None:
@@ -83,7 +84,7 @@ def kd_term(objective: Objective, picked: Picked, supervision: Supervision) -> F
 
 
 def sft_term(objective: Objective, picked: Picked) -> Float[Array, "*P"]:
-    """The cross-entropy with the label over the whole vocabulary, in nats."""
+    """Returns the cross-entropy with the label over the whole vocabulary, in nats."""
     assert picked.row_max is not None
     assert picked.log_sum is not None
     return picked.log_sum - objective.logits_scale * (picked.label - picked.row_max)
@@ -96,10 +97,10 @@ def differentiate(
     kd_ct: Float[Array, "*P"],
     sft_ct: Float[Array, "*P"],
 ) -> PickedCotangents:
-    """Cotangents of the picked numbers.
+    """Returns the cotangents of the picked numbers.
 
-    A cotangent of 0 stays 0 through every NaN and infinity: a masked position has no gradient, whatever it
-    holds.
+    A cotangent of 0 stays 0 whatever it is multiplied by, NaN and infinity too, so that a masked position has no
+    gradient whatever it holds.
     """
     buckets = _buckets(objective, picked, supervision)
     slope_K = _slope(objective, buckets.log_p, buckets.log_q)
@@ -119,13 +120,13 @@ def differentiate(
 
 
 class _Buckets(NamedTuple):
-    """Log-probabilities of teacher (p) and student (q); `ABSENT` at absent entries. The tail is the ghost's."""
+    """Log-probabilities of teacher (p) and student (q); `ABSENT` at absent entries. Tails are None without a ghost."""
 
     log_p: Float[Array, "*P K"]
     log_q: Float[Array, "*P K"]
     log_p_tail: Float[Array, "*P"] | None
     log_q_tail: Float[Array, "*P"] | None
-    clamped: Bool[Array, "*P"]  # whether the student's tail is the smallest there is, and constant
+    clamped: Bool[Array, "*P"]  # whether the student's tail is clamped, and thus constant
 
 
 def _buckets(objective: Objective, picked: Picked, supervision: Supervision) -> _Buckets:
@@ -147,7 +148,7 @@ def _buckets(objective: Objective, picked: Picked, supervision: Supervision) -> 
 
 
 def _share(objective: Objective, log_p: Float[Array, "*P"], log_q: Float[Array, "*P"]) -> Float[Array, "*P"]:
-    """A bucket's share in the divergence, where 0 log 0 = 0."""
+    """Returns each bucket's share of the divergence, where 0 log 0 = 0."""
     if objective.kd_loss == "fwd_kl":
         return _times_exp(log_p, log_p - log_q)
     if objective.kd_loss == "bwd_kl":
@@ -158,7 +159,7 @@ def _share(objective: Objective, log_p: Float[Array, "*P"], log_q: Float[Array, 
 
 
 def _slope(objective: Objective, log_p: Float[Array, "*P"], log_q: Float[Array, "*P"]) -> Float[Array, "*P"]:
-    """The derivative of the share by log q."""
+    """Returns the derivative of the share by log q."""
     if objective.kd_loss == "fwd_kl":
         return -jnp.exp(log_p)
     if objective.kd_loss == "bwd_kl":
@@ -173,13 +174,13 @@ def _log_mixture(objective: Objective, log_p: Float[Array, "*P"], log_q: Float[A
 
 
 def _times_exp(log_x: Float[Array, "*P"], y: Float[Array, "*P"]) -> Float[Array, "*P"]:
-    """exp(log_x) * y, and 0 where the first is 0."""
+    """Returns exp(log_x) * y, or 0 where exp(log_x) is 0, whatever y is."""
     x = jnp.exp(log_x)
     return jnp.where(x == 0, 0, x * y)
 
 
 def _log_softmax(values_K: Float[Array, "*P K"], present_K: Bool[Array, "*P K"], scale: float) -> Float[Array, "*P K"]:
-    """log-softmax of scale * values over the present entries, centred before it is scaled."""
+    """Returns the log-softmax of scale * values over the present entries; the values are centred before scaling."""
     values_K = jnp.where(present_K, values_K, -jnp.inf)
     scaled_K = scale * (values_K - values_K.max(axis=-1, keepdims=True))
     log_sum = jnp.log(jnp.where(present_K, jnp.exp(scaled_K), 0).sum(axis=-1, keepdims=True))
@@ -187,12 +188,12 @@ def _log_softmax(values_K: Float[Array, "*P K"], present_K: Bool[Array, "*P K"],
 
 
 def _logsumexp(values_K: Float[Array, "*P K"]) -> Float[Array, "*P"]:
-    """Of finite values, and of NaN."""
+    """Returns the logsumexp of values that are finite or NaN."""
     largest = values_K.max(axis=-1)
     return largest + jnp.log(jnp.exp(values_K - largest[..., None]).sum(axis=-1))
 
 
 def _log1mexp(log_x: Float[Array, "*P"]) -> Float[Array, "*P"]:
-    """log(1 - exp(log_x)) of log_x < 0, exact at both ends (Mächler, "Accurately computing log(1 - exp(-|a|))")."""
+    """Returns log(1 - exp(log_x)) for log_x < 0, accurately (Mächler, "Accurately computing log(1 - exp(-|a|))")."""
     near_one = log_x > -0.6931472  # log 2
     return jnp.where(near_one, jnp.log(-jnp.expm1(log_x)), jnp.log1p(-jnp.exp(log_x)))

@@ -1,17 +1,15 @@
-"""Who computes a loss: what there is, what can run here, and what is chosen when the caller leaves it open."""
+"""The choice of an implementation: which there are, which of them can run here, and the default."""
 
 import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from kdjax.losses.objective import Objective
 from kdjax.losses.platform import on_one_device, platform
-from kdjax.losses.rows import xla
+from kdjax.losses.rows import RowKernels, xla
 from kdjax.losses.vocabulary import Vocabulary
 from kdjax.types import UserError
 
@@ -22,48 +20,34 @@ LOGITS_IMPLEMENTATIONS = ("reference", "xla", "pallas", "triton", "pallas_interp
 IMPLEMENTATIONS = (*LOGITS_IMPLEMENTATIONS, "gathered")
 KERNELS = ("pallas", "triton", "pallas_interpret")
 
-# The share of the vocabulary's rows below which gathering K of them is cheaper than multiplying by all. On two
-# cores, N = 1024, K / V = 1/16 took 0.33 of the dense time at D = 128 and 0.80 at D = 1024, 1/64 took 0.33 at either.
-# An H100 moves about 18 K D bytes a token for the rows, at 3.35 TB/s, against 6 V D operations, at 790 TFLOP/s:
-# equal at 1/700 (arithmetic, not measured).
+# The share K / V of the vocabulary below which gathering K rows is cheaper than multiplying by all. On two cores,
+# N = 1024, K / V = 1/16 took 0.33 of the dense time at D = 128 and 0.80 at D = 1024; 1/64 took 0.33 at either. An H100
+# moves about 18 K D bytes per token for the rows, at 3.35 TB/s, against 6 V D operations, at 790 TFLOP/s: equal at
+# 1/700 (arithmetic, not measured).
 GATHER_BELOW = {"cpu": 1 / 16}
 GATHER_BELOW_ELSEWHERE = 1 / 700
 
 
 @dataclasses.dataclass(frozen=True)
 class LossCall:
-    """All that is static in one call of a loss. Hashable."""
+    """Everything static in one call of a loss. Hashable."""
 
     objective: Objective
     vocabulary: Vocabulary
     implementation: str
 
+    @property
+    def kernels(self) -> RowKernels:
+        """The passes over rows of logits; the GPU kernels are imported when first asked for."""
+        if self.implementation == "xla":
+            return xla
+        if self.implementation == "triton":
+            from kdjax.losses.rows import triton
 
-class Rows(NamedTuple):
-    """An implementation of `xla.sweep` and `xla.spread`."""
+            return triton
+        from kdjax.losses.rows import pallas
 
-    sweep: Any
-    spread: Any
-
-
-def rows(implementation: str) -> Rows:
-    """The implementation of that name; kernels are imported when first asked for."""
-    if implementation == "xla":
-        return Rows(xla.sweep, xla.spread)
-    module = _kernels(implementation)
-    if implementation == "pallas_interpret":
-        return Rows(functools.partial(module.sweep, interpret=True), functools.partial(module.spread, interpret=True))
-    return Rows(module.sweep, module.spread)
-
-
-def _kernels(implementation: str) -> ModuleType:
-    if implementation == "triton":
-        from kdjax.losses.rows import triton
-
-        return triton
-    from kdjax.losses.rows import pallas
-
-    return pallas
+        return pallas.Kernels(interpret=self.implementation == "pallas_interpret")
 
 
 def choose_logits(implementation: str | None, objective: Objective, dtype: jnp.dtype) -> str:
@@ -124,9 +108,9 @@ def _why_not_gathered(objective: Objective, prefix: str = "") -> str | None:
 
 
 def _row_implementation(dtype: jnp.dtype) -> str:
-    """Pallas on CUDA, whose kernel reads the logits once where XLA reads them twice; XLA elsewhere.
+    """Returns "pallas" on CUDA, where its kernel reads the logits once and XLA reads them twice; "xla" elsewhere.
 
-    XLA cannot split a kernel over devices: under plain `jit` it would gather the logits that are split over some.
+    XLA cannot split a kernel over devices: under plain `jit` it would gather sharded logits on every device.
     """
     return "pallas" if platform() == "cuda" and on_one_device() and dtype != jnp.float64 else "xla"
 

@@ -1,4 +1,4 @@
-"""What goes into a loss and comes out: static settings, the arrays beside the student's, and the sums."""
+"""The settings of a loss, the arrays it learns from, the sums it returns, and the checks of the first two."""
 
 import dataclasses
 import math
@@ -94,7 +94,7 @@ class Objective:
 
 
 class Supervision(NamedTuple):
-    """What each position is taught. An entry of -inf is absent and its id ignored."""
+    """What each position learns from. An entry of -inf is absent, and its id is ignored."""
 
     topk_logits: Float[Array, "*P K"]
     topk_token_ids: Int[Array, "*P K"]
@@ -105,16 +105,16 @@ class Supervision(NamedTuple):
 class LossSums(NamedTuple):
     """Sums over positions, each weighted by `loss_mask`; divide by `tokens` for means in nats per token.
 
-    Only `loss` carries a gradient. The last two describe how far the student follows the teacher's ids, which
-    rank matching ignores: there `top1_agreement` is 0, and the mass is that of the student's own K largest.
+    Only `loss` has a gradient. The last two measure how far the student follows the teacher's ids. Rank matching
+    ignores these: `top1_agreement` is then 0, and the mass is that of the student's own K largest logits.
     """
 
     loss: Float[Array, ""]  # kd_loss_weight * kd + sft_loss_weight * sft
     kd_loss: Float[Array, ""]  # unweighted
     sft_loss: Float[Array, ""]  # unweighted; 0 when sft_loss_weight = 0
-    tokens: Float[Array, ""]  # the mask's sum
-    # Positions where no student logit exceeds that of the teacher's first id, and the probability, at
-    # logits_scale, that the student gives the K ids; None on the gathered path, which never sees the other logits.
+    tokens: Float[Array, ""]  # the sum of the mask
+    # Positions where no student logit exceeds the one at the teacher's most likely id, and the probability that the
+    # student gives the K ids at logits_scale; None on the gathered path, which does not see the other logits.
     top1_agreement: Float[Array, ""] | None
     student_topk_mass: Float[Array, ""] | None
 
@@ -133,29 +133,29 @@ def supervise(objective: Objective, supervision: Supervision) -> Supervision:
 
 
 def computation_dtype(*arrays: jax.Array) -> jnp.dtype:
-    """float32, or float64 where one of the arrays is."""
+    """Returns float32, or float64 if one of the arrays is float64."""
     return jnp.result_type(jnp.float32, *arrays)
 
 
 def check_logits(student_logits: jax.Array) -> None:
-    """Raise UserError unless the student's logits are floats [B, T, V]."""
+    """Raises UserError unless the student's logits are floats [B, T, V]."""
     _check_array("student_logits", student_logits, 3, jnp.floating)
 
 
 def check_linear(hidden: jax.Array, unembed: jax.Array, loss_mask: jax.Array) -> None:
-    """Raise UserError unless hidden [B, T, D], unembed [V, D] and loss_mask [B, T] fit together."""
+    """Raises UserError unless hidden [B, T, D], unembed [V, D] and loss_mask [B, T] fit together."""
     _check_array("hidden", hidden, 3, jnp.floating)
     _check_array("unembed", unembed, 2, jnp.floating)
     if unembed.shape[1] != hidden.shape[2]:
         raise UserError(
             f"unembed {unembed.shape} and hidden {hidden.shape} differ in width; give unembed as [V, D]"
-            f" with D = {hidden.shape[2]} (transposed?)"
+            f" with D = {hidden.shape[2]} (is it transposed?)"
         )
     _check_shape("loss_mask", loss_mask, hidden.shape[:2])
 
 
 def check_supervision(objective: Objective, supervision: Supervision, positions: tuple[int, ...], v: int) -> None:
-    """Raise UserError unless the teacher's arrays and the labels fit `positions` (B, T) and v token ids."""
+    """Raises UserError unless the teacher's arrays and the labels fit `positions` (B, T) and v token ids."""
     topk_logits, ids, labels, log_sum_exp_logits = supervision
     _check_array("topk_logits", topk_logits, 3, jnp.floating)
     _check_array("topk_token_ids", ids, 3, jnp.integer)
@@ -166,8 +166,8 @@ def check_supervision(objective: Objective, supervision: Supervision, positions:
     _check_shape("labels", labels, positions)
     if not 1 <= k <= v:
         raise UserError(
-            f"the teacher has K = {k} entries a position, the student a vocabulary of V = {v};"
-            " K must be between 1 and V: is this the cache of another tokenizer?"
+            f"the teacher has K = {k} entries per position and the student a vocabulary of V = {v}; K must be between 1"
+            " and V: was this cache made with another tokenizer?"
         )
     if log_sum_exp_logits is not None:
         _check_array("log_sum_exp_logits", log_sum_exp_logits, 2, jnp.floating)
@@ -175,18 +175,18 @@ def check_supervision(objective: Objective, supervision: Supervision, positions:
     elif objective.ghost:
         raise UserError(
             "tail = 'ghost' needs log_sum_exp_logits [B, T], the teacher's logsumexp over its whole"
-            " vocabulary, and it is None; give it or choose tail = 'renormalize'"
+            " vocabulary, which is None; give it or choose tail = 'renormalize'"
         )
 
 
 def check_ids(
     objective: Objective, supervision: Supervision, v: int, loss_mask: Float[Array, "B T"] | None = None
 ) -> None:
-    """In checked mode, fail on an id outside [0, v) that a term reads at an unmasked position.
+    """Fails, in checked mode, on an id outside [0, v) that a term reads at an unmasked position.
 
-    Ids are values, unknown while a program is traced. Checked mode is JAX's: what is inside of
-    `jax.experimental.checkify.checkify(f, errors=checkify.user_checks)` returns its first failure beside its
-    result; anywhere else this costs nothing.
+    Ids are values, which are unknown while a program is traced. Checked mode is JAX's: the function
+    `jax.experimental.checkify.checkify(f, errors=checkify.user_checks)` returns the first failure inside f beside its
+    result; anywhere else the check costs nothing.
     """
     read_BxT = jnp.ones(supervision.labels.shape, bool) if loss_mask is None else loss_mask != 0
     if not objective.rank_match:
@@ -202,8 +202,8 @@ def _check_ids(name: str, ids: jax.Array, read: jax.Array, v: int) -> None:
     at = jnp.unravel_index(first, ids.shape)
     checkify.debug_check(
         ~wrong.any(),
-        f"{name} holds {{id}} at row {{row}}, position {{position}}, which is no id of a vocabulary of V = {v}: is"
-        " this the cache of another tokenizer? Leave entries out by a teacher value of -inf, positions by the mask",
+        f"{name} holds {{id}} at row {{row}}, position {{position}}, outside the vocabulary of V = {v}: was this cache"
+        " made with another tokenizer? A teacher value of -inf leaves out an entry, a loss_mask of 0 a position",
         id=ids.reshape(-1)[first],
         row=at[0],
         position=at[1],
@@ -220,4 +220,4 @@ def _check_array(name: str, array: jax.Array, rank: int, kind: type) -> None:
 
 def _check_shape(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
     if array.shape != shape:
-        raise UserError(f"{name} has shape {list(array.shape)}; the student's positions ask for {list(shape)}")
+        raise UserError(f"{name} has shape {list(array.shape)}; the student's positions require {list(shape)}")

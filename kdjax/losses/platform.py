@@ -1,4 +1,4 @@
-"""What is known of a program while it is traced: its platform, and the mesh axes along which a value varies."""
+"""Facts about a program that are known while it is traced: its platform, and the mesh axes its values vary over."""
 
 from typing import Any
 
@@ -7,7 +7,10 @@ import jax.numpy as jnp
 
 
 def platform() -> str:
-    """One of "cpu", "cuda", "rocm", "tpu": that of the mesh in context, perhaps of another machine, else JAX's."""
+    """Returns "cpu", "cuda", "rocm" or "tpu": the platform of the mesh in context, else JAX's default.
+
+    The mesh may be that of another machine, which the program is compiled for.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = getattr(device, "platform", None) or jax.default_backend()
     if name != "gpu":
@@ -16,18 +19,18 @@ def platform() -> str:
 
 
 def on_one_device() -> bool:
-    """Whether every array being traced lies on one device: inside `shard_map` over all axes, or where there is one."""
+    """Returns whether each traced array lies on one device: inside `shard_map` over all axes, or as the only device."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.device_count() == 1 if mesh.empty else mesh.are_all_axes_manual or mesh.size == 1
 
 
 def varying(x: Any) -> frozenset[str]:
-    """The manual mesh axes along which an array or shape varies, as far as `shard_map` checks it; else none."""
+    """Returns the manual mesh axes over which an array or shape varies; none if `shard_map` does not check them."""
     kind = getattr(x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x), "manual_axis_type", None)
     return frozenset() if kind is None else frozenset(kind.varying)
 
 
 def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *like: Any) -> jax.Array:
-    """Zeros that vary over the mesh axes over which anything in `like` varies, as a loop's carry has to."""
+    """Returns zeros that vary over every mesh axis that anything in `like` varies over, as the carry of a loop must."""
     axes = frozenset().union(*(varying(x) for x in jax.tree.leaves(like)))
     return jax.lax.pcast(jnp.zeros(shape, dtype), tuple(sorted(axes)), to="varying")

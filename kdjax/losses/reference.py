@@ -1,4 +1,4 @@
-"""The specification: the losses as algebra over full logits, differentiated by JAX.
+"""The specification: the losses as algebra over whole logits, differentiated by JAX.
 
 Every faster implementation is tested against this one.
 
@@ -24,20 +24,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kdjax.losses.objective import LossSums, Objective, Supervision, computation_dtype
 
-# Log-probability of an absent entry, in both distributions: its weight exp(-1e30) is 0 and, unlike -inf, it
-# can be subtracted from itself.
+# Log-probability of an absent entry, in both distributions: its probability exp(-1e30) is 0 and, unlike -inf, it can be
+# subtracted from itself.
 ABSENT = -1e30
 
-# The largest log-mass of the top-k beside a tail; 2^-23 is float32's epsilon. Where the logsumexp over K rounds
-# to that over V or above it (K = V, where the tail is empty; duplicate ids), log(0) or log(negative) would
-# be left.
+# The largest log-mass of the top-k that leaves a tail; 2^-23 is float32's epsilon. Where the logsumexp over K rounds to
+# that over V or above it (K = V, where the tail is empty; a student certain of the top-k; duplicate ids), the tail
+# would be log(0) or the log of a negative number. A clamped tail is a constant with derivative 0, so that the tail's
+# term does not pull such a student back towards the teacher; the terms of the K buckets keep their derivatives.
 MAX_LOG_MASS = -(2.0**-23)
 
 
 def token_losses(
     objective: Objective, student_logits: Float[Array, "B T V"], supervision: Supervision
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
-    """(loss, kd, sft) of each position in nats, in float32 (float64 for float64 logits)."""
+    """Returns (loss, kd, sft) of each position in nats, in float32 (float64 for float64 logits)."""
     dtype = computation_dtype(student_logits)
     z_BxTxV = objective.logits_scale * student_logits.astype(dtype)
     t_BxTxK = objective.target_logits_scale * supervision.topk_logits.astype(dtype)
@@ -74,7 +75,7 @@ def linear_losses(
     supervision: Supervision,
     loss_mask: Float[Array, "B T"],
 ) -> LossSums:
-    """The sums of `kdjax.losses.linear_topk_kd_loss`, from logits held whole."""
+    """Returns the sums of `kdjax.losses.linear_topk_kd_loss`, computed from all logits at once."""
     dtype = computation_dtype(hidden, unembed)
     logits_BxTxV = jnp.einsum("BTD,VD->BTV", hidden, unembed, preferred_element_type=dtype)
     loss, kd, sft = token_losses(objective, logits_BxTxV, supervision)
@@ -98,17 +99,17 @@ def linear_losses(
 
 
 def logits_at(logits_V: Float[Array, "*P V"], ids_K: Int[Array, "*P K"]) -> Float[Array, "*P K"]:
-    """The logits at these ids; NaN at ids outside [0, V), which must not turn into another token's logit."""
+    """Returns the logits at these ids; NaN at ids outside [0, V), which must not pick another token's logit."""
     v = logits_V.shape[-1]
     picked = jnp.take_along_axis(logits_V, jnp.clip(ids_K, 0, v - 1), axis=-1)
     return jnp.where((ids_K >= 0) & (ids_K < v), picked, jnp.nan)
 
 
 def with_tail(log_prob_K: Float[Array, "*P K"], present_K: Bool[Array, "*P K"]) -> Float[Array, "*P K+1"]:
-    """Log-probabilities of the K buckets and of all the rest, which is log(1 - their mass).
+    """Returns the log-probabilities of the K buckets and of the tail, log(1 - their mass).
 
-    The mass is taken as at most 1 - 2^-23 (`MAX_LOG_MASS`): rounded to 1 or more, it would leave no tail to
-    take the logarithm of. The K buckets keep their probabilities: nothing is renormalised.
+    The mass is clamped to about 1 - 2^-23 (see `MAX_LOG_MASS`). The K buckets keep their probabilities: nothing is
+    renormalised.
     """
     log_mass = jax.nn.logsumexp(jnp.where(present_K, log_prob_K, -jnp.inf), axis=-1, keepdims=True)
     log_tail = jax.nn.log1mexp(-jnp.minimum(log_mass, MAX_LOG_MASS))
@@ -116,7 +117,7 @@ def with_tail(log_prob_K: Float[Array, "*P K"], present_K: Bool[Array, "*P K"]) 
 
 
 def divergence(log_p: Float[Array, "*P K"], log_q: Float[Array, "*P K"], objective: Objective) -> Float[Array, "*P"]:
-    """The divergence of teacher p and student q in nats, over the last axis."""
+    """Returns the divergence of teacher p and student q in nats, summed over the last axis."""
     if objective.kd_loss == "fwd_kl":
         return kl(log_p, log_q)
     if objective.kd_loss == "bwd_kl":
@@ -127,6 +128,6 @@ def divergence(log_p: Float[Array, "*P K"], log_q: Float[Array, "*P K"], objecti
 
 
 def kl(log_a: Float[Array, "*P K"], log_b: Float[Array, "*P K"]) -> Float[Array, "*P"]:
-    """KL(a | b) = sum_k a_k (log a_k - log b_k) in nats, where 0 log 0 = 0."""
+    """Returns KL(a | b) = sum_k a_k (log a_k - log b_k) in nats, where 0 log 0 = 0."""
     a = jnp.exp(log_a)
     return jnp.sum(a * jnp.where(a == 0, 0, log_a - log_b), axis=-1)

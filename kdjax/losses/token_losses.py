@@ -1,82 +1,71 @@
-"""The loss on logits that are held anyway, with a derivative written by hand: one pass forward, one back.
+"""The loss of logits that exist anyway, with a derivative written by hand: one pass forward, one backward.
 
-Nothing as large as the logits is kept beside them: the residuals are the K + 2 picked numbers of each row.
+Nothing as large as the logits is stored beside them: the residuals are the K + 2 picked numbers of each row.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from kdjax.losses.closed_form import Losses, Picked, evaluate, term_cotangents
-from kdjax.losses.dispatch import LossCall, rows
+from kdjax.losses.dispatch import LossCall
 from kdjax.losses.objective import Supervision
 from kdjax.losses.platform import platform, zeros
-from kdjax.losses.vocabulary import join, taught_columns
+from kdjax.losses.rows import Rows
+from kdjax.losses.vocabulary import join, taught_rows
 
-# Bytes of one block of rows in float32: small enough to stay in a core's cache from pass to pass.
+# Bytes of one block of rows in float32, small enough to stay in a core's cache from pass to pass.
 CPU_BLOCK_BYTES = 2**20
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def token_losses(call: LossCall, logits: Float[Array, "*P W"], supervision: Supervision) -> Losses:
-    """(loss, kd, sft) of each position in nats, differentiable by the logits through any of the three.
+    """Returns (loss, kd, sft) of each position in nats, differentiable by the logits through any of the three.
 
-    `logits` is this shard's part of the vocabulary.
+    `logits` holds this shard's columns of the vocabulary.
     """
     return _forward(call, logits, supervision)[0]
 
 
-_Residuals = tuple[Float[Array, "*P W"], Supervision, Int[Array, "*P K+1"], Picked]
+Residuals = tuple[Float[Array, "*P W"], Supervision, Int[Array, "*P K+1"], Picked]
 
 
-def _forward(call: LossCall, logits: Float[Array, "*P W"], supervision: Supervision) -> tuple[Losses, _Residuals]:
-    objective, vocabulary, width = call.objective, call.vocabulary, logits.shape[-1]
+def _forward(call: LossCall, logits: Float[Array, "*P W"], supervision: Supervision) -> tuple[Losses, Residuals]:
+    objective, vocabulary = call.objective, call.vocabulary
 
     def sweep(logits: Array, supervision: Supervision) -> tuple[Picked, Array | None, Array]:
-        columns = taught_columns(objective, vocabulary, logits, supervision)
-        picked, kd, _ = rows(call.implementation).sweep(
-            objective,
-            logits,
-            columns,
-            log_sum=objective.needs_log_sum,
-            width=vocabulary.width(width),
-            supervision=None if vocabulary.axis_names else supervision,
-        )
-        return picked, kd, columns
+        rows = taught_rows(objective, vocabulary, logits, supervision)
+        whole = None if vocabulary.axis_names else supervision
+        picked, kd, _ = call.kernels.sweep(objective, rows, log_sum=objective.needs_log_sum, supervision=whole)
+        return picked, kd, rows.columns
 
-    picked, kd, columns = _by_rows(call, sweep, logits, supervision)
-    picked, columns = join(objective, vocabulary, picked, columns, supervision, width)
-    return evaluate(objective, picked, supervision, kd), (logits, supervision, columns, picked)
+    picked, kd, columns = _by_blocks(call, sweep, logits, supervision)
+    picked, rows = join(objective, vocabulary, picked, Rows(logits, columns), supervision)
+    return evaluate(objective, picked, supervision, kd), (logits, supervision, rows.columns, picked)
 
 
-def _backward(call: LossCall, residuals: _Residuals, cotangents: Losses) -> tuple[Float[Array, "*P W"], None]:
+def _backward(call: LossCall, residuals: Residuals, cotangents: Losses) -> tuple[Float[Array, "*P W"], None]:
     def spread(logits: Array, supervision: Supervision, columns: Array, picked: Picked, *term_ct: Array) -> Array:
-        return rows(call.implementation).spread(
-            call.objective,
-            logits,
-            columns,
-            picked,
-            supervision,
-            *term_ct,
-            dtype=logits.dtype,
-            width=call.vocabulary.width(logits.shape[-1]),
-        )
+        rows = Rows(logits, columns, call.vocabulary.n_valid(logits.shape[-1]))
+        return call.kernels.spread(call.objective, rows, picked, supervision, *term_ct, dtype=logits.dtype)
 
-    return _by_rows(call, spread, *residuals, *term_cotangents(call.objective, cotangents)), None
+    return _by_blocks(call, spread, *residuals, *term_cotangents(call.objective, cotangents)), None
 
 
 token_losses.defvjp(_forward, _backward)
 
 
-def _by_rows(call: LossCall, f: Callable[..., Any], logits: Float[Array, "*P W"], *arrays: Any) -> Any:
-    """f(logits, *arrays), whose rows are independent: on a CPU block by block, at once elsewhere.
+def _by_blocks(
+    call: LossCall, f: Callable[..., PyTree[Array]], logits: Float[Array, "*P W"], *arrays: PyTree[Array]
+) -> PyTree[Array]:
+    """Returns f(logits, *arrays), whose rows are independent: block by block for XLA on a CPU, else all at once.
 
-    XLA on a CPU holds several copies of what it works on, in float32 too: of a block, then. N = 1024, V = 32768 on
-    two cores, gradient with an SFT term: float32 69 ms and 3 MiB of temporaries, 208 ms and 130 MiB all at once.
+    There XLA holds several float32 copies of what it works on, so let it work on one block of rows. N = 1024, V = 32768
+    on two cores, gradient with an SFT term: float32 69 ms and 3 MiB of temporaries; all at once 208 ms and 130 MiB.
     """
     block = max(1, CPU_BLOCK_BYTES // (4 * logits.shape[-1]))
     leading = logits.shape[:-1]
@@ -85,13 +74,13 @@ def _by_rows(call: LossCall, f: Callable[..., Any], logits: Float[Array, "*P W"]
         return f(logits, *arrays)
     flat = jax.tree.map(lambda x: x.reshape(n, *x.shape[len(leading) :]), (logits, *arrays))
 
-    def of_block(start: int | jax.Array) -> Any:
+    def of_block(start: int | jax.Array) -> PyTree[Array]:
         # The barrier keeps XLA from converting all 16-bit logits to float32 ahead of the loop.
         here, start = jax.lax.optimization_barrier((flat, start))
         return _bits(f(*jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block), here)), jnp.bfloat16)
 
-    def add_block(i: jax.Array, out: Any) -> Any:
-        start = jnp.minimum(i * block, n - block)  # the last block may repeat rows of the one before
+    def add_block(i: jax.Array, out: PyTree[Array]) -> PyTree[Array]:
+        start = jnp.minimum(i * block, n - block)  # the last block may repeat rows of the one before it
         return jax.tree.map(
             lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0), out, of_block(start)
         )
@@ -102,10 +91,10 @@ def _by_rows(call: LossCall, f: Callable[..., Any], logits: Float[Array, "*P W"]
     return jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), out)
 
 
-def _bits(tree: Any, dtype: Any) -> Any:
-    """Its leaves of `dtype`, bfloat16 or uint16, as the other of the two.
+def _bits(tree: PyTree[Array], dtype: DTypeLike) -> PyTree[Array]:
+    """Returns the tree with leaves of `dtype`, bfloat16 or uint16, as the other of the two.
 
-    XLA on a CPU updates a slice of bfloat16 through a float32 copy of the whole.
+    XLA on a CPU updates a slice of bfloat16 through a float32 copy of the whole array.
     """
     other = jnp.uint16 if dtype == jnp.bfloat16 else jnp.bfloat16
     return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, other) if x.dtype == dtype else x, tree)

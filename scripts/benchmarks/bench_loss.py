@@ -1,9 +1,9 @@
-"""The losses, timed and weighed: each implementation beside naive JAX autodiff and NeMo-Aligner's algorithm in torch.
+"""Time and memory of the losses: each implementation, naive JAX autodiff, and NeMo-Aligner's algorithm in torch.
 
-Loss and gradients on random inputs, float32 unless a row says otherwise, forward KL over the top-k with or without
-0.4 of cross-entropy. "linear" starts from hidden states and the unembedding, "logits" from the logits. The torch side
-is torch_loss.py. "matmuls" are the three multiplications that every dense side makes, alone: what none of them
-can be faster than. Rows take turns, each in a fresh process, for several rounds: medians, and the ratio to the
+Measures the loss and its gradients on random inputs, in float32 unless a row says otherwise: forward KL over the top-k,
+with or without 0.4 of cross-entropy. "linear" starts from hidden states and the unembedding, "logits" from the logits.
+torch_loss.py measures the torch rows. "matmuls" are only the three multiplications that every dense row makes, a lower
+bound for them. Rows take turns, each in a fresh process, for several rounds; the report has medians and ratios to the
 baselines of the same run.
 
     python scripts/benchmarks/bench_loss.py                                            # without torch
@@ -11,8 +11,8 @@ baselines of the same run.
     python scripts/benchmarks/bench_loss.py --shape 1024 32768 512 64 --shape 1024 32768 128 64   # a table each
     python scripts/benchmarks/bench_loss.py --gpu --shape 8192 128256 4096 64 --rounds 5
 
-On a GPU, the rows on logits also say at how many bytes a second they make their three passes over [N, V] (read it
-forward; read it and write the gradient backward), and which share of the card's bandwidth that is.
+On a GPU, the rows on logits also report the bytes per second of their three passes over [N, V] (a read forward; a read
+and the write of the gradient backward), and the share of the card's bandwidth that this is.
 """
 
 import argparse
@@ -44,9 +44,7 @@ class Row(NamedTuple):
 
     level: str  # linear | logits
     sft: float
-    side: (
-        str  # an implementation of kdjax.losses, "naive" (its specification, differentiated by JAX), "torch", "matmuls"
-    )
+    side: str  # an implementation of kdjax.losses, "naive" (its specification, differentiated by JAX), torch or matmuls
     dtype: str = "float32"
 
 
@@ -62,7 +60,7 @@ def rows(gpu: bool) -> list[Row]:
 
 
 def measure(row: Row, shape: Sequence[int], repeats: int) -> Result:
-    """Seconds of each repeat, temporaries as XLA allocates them, added peak memory, counted matmul operations."""
+    """Returns the seconds of each repeat, XLA's temporaries, the added peak memory and the matmul operations."""
     # Imported here: the process that starts the others must stay small (host.peak_rss_bytes).
     import jax
     import jax.numpy as jnp
@@ -125,7 +123,7 @@ def measure(row: Row, shape: Sequence[int], repeats: int) -> Result:
 
 
 def run(row: Row, shape: Sequence[int], arguments: argparse.Namespace) -> Result:
-    """The row's JSON, measured in a process of its own."""
+    """Returns the row's result, measured in a process of its own."""
     sizes = [str(size) for size in shape]
     if row.side == "torch":
         command = [arguments.torch_python, str(HERE / "torch_loss.py"), "--level", row.level, "--sft", str(row.sft)]
@@ -144,7 +142,7 @@ Measured = Mapping[Row, Sequence[Result]]
 
 
 def compare(arguments: argparse.Namespace) -> str:
-    """All rounds of every shape, then the report in markdown."""
+    """Runs all rounds of every shape and returns the report in Markdown."""
     wanted = [row for row in rows(arguments.gpu) if row.side != "torch" or arguments.torch_python]
     shapes = [tuple(shape) for shape in arguments.shape or [[1024, 32768, 512, 64]]]
     measured: dict[tuple[int, ...], dict[Row, list[Result]]] = {shape: {row: [] for row in wanted} for shape in shapes}
@@ -157,7 +155,7 @@ def compare(arguments: argparse.Namespace) -> str:
         told = f"{statistics.median(result['seconds']) * 1e3:.0f} ms"
         line = f"{shape} round {round_ + 1}/{arguments.rounds}  {' '.join(map(str, row))}  {told}  {left:.0f} s left"
         print(line, file=sys.stderr, flush=True)
-    lines = ["# The losses beside naive autodiff and NeMo-Aligner's algorithm"]
+    lines = ["# The losses compared with naive autodiff and NeMo-Aligner's algorithm"]
     for shape in shapes:
         lines += table(shape, measured[shape], arguments)
     versions = {results[0]["version"] for found in measured.values() for results in found.values()}
@@ -165,7 +163,7 @@ def compare(arguments: argparse.Namespace) -> str:
 
 
 def table(shape: tuple[int, ...], measured: Measured, arguments: argparse.Namespace) -> list[str]:
-    """The lines of one shape's table."""
+    """Returns the lines of one shape's table."""
     n, v, d, k = shape
     times = {row: statistics.median(t for r in results for t in r["seconds"]) for row, results in measured.items()}
     added = {row: statistics.median(r["added_bytes"] for r in results) for row, results in measured.items()}
@@ -198,7 +196,7 @@ def table(shape: tuple[int, ...], measured: Measured, arguments: argparse.Namesp
 def bandwidth(
     shape: tuple[int, ...], measured: Measured, times: Mapping[Row, float], arguments: argparse.Namespace
 ) -> list[str]:
-    """On a GPU: how fast the three passes over [N, V] go, beside what the card can."""
+    """Returns a table of the speed of the three passes over [N, V] on a GPU, and its share of the card's bandwidth."""
     n, v, *_ = shape
     lines = [
         "",
@@ -218,13 +216,13 @@ def bandwidth(
 def notes(arguments: argparse.Namespace, versions: Sequence[str]) -> list[str]:
     return [
         "",
-        f"{arguments.rounds} rounds of {arguments.repeats} repeats a row, rows taking turns, each in a process of its",
-        "own; medians. Temporaries: as XLA allocates them beside arguments and results. Added peak: resident memory (a",
-        "GPU's: allocated) above the inputs at the first repeat, results included. Matmuls: counted on the program, in",
-        "units of one multiplication by the whole unembedding, 2 N V D operations. Other work on the machine only ever",
-        "adds time.",
+        f"Medians of {arguments.rounds} rounds of {arguments.repeats} repeats per row; rows take turns, each in a",
+        "process of its own. Temporaries: what XLA allocates beside arguments and results. Added peak: resident memory",
+        "(on a GPU: allocated memory) above the inputs at the first repeat, including results. Matmuls: counted in the",
+        "program, in units of one multiplication by the whole unembedding, 2 N V D operations. Other work on the",
+        "machine can only add time.",
         "",
-        f"- machine: {host.describe()}; load average at the end {os.getloadavg()[0]:.1f}",
+        f"- machine: {host.describe()}; load average at the end: {os.getloadavg()[0]:.1f}",
         *(f"- {version}" for version in versions),
     ]
 
@@ -233,14 +231,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--torch-python", metavar="PYTHON", help="interpreter that has torch; default: no torch rows")
-    parser.add_argument("--shape", type=int, nargs=4, action="append", metavar=("N", "V", "D", "K"), help="repeatable")
-    parser.add_argument("--rounds", type=int, default=3, help="processes a row; default: 3")
-    parser.add_argument("--repeats", type=int, default=5, help="timed repeats a process; default: 5")
-    parser.add_argument("--gpu", action="store_true", help="with the GPU kernels, and bytes a second")
-    parser.add_argument("--bandwidth", type=float, help="the card's bytes a second, where it is not known")
+    parser.add_argument("--torch-python", metavar="PYTHON", help="a Python that has torch; default: no torch rows")
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=4,
+        action="append",
+        metavar=("N", "V", "D", "K"),
+        help="may be repeated; one table each",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="processes per row; default: 3")
+    parser.add_argument("--repeats", type=int, default=5, help="timed repeats per process; default: 5")
+    parser.add_argument("--gpu", action="store_true", help="add the GPU kernels and the bytes per second")
+    parser.add_argument("--bandwidth", type=float, help="the card's bytes per second, if kdjax does not know it")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report there")
-    parser.add_argument("--one", metavar="ROW", help="measure this row here and print JSON (used by the above)")
+    parser.add_argument(
+        "--one", metavar="ROW", help="measure this row in this process and print JSON (used internally)"
+    )
     arguments = parser.parse_args()
     if arguments.one is not None:
         print(json.dumps(measure(Row(*json.loads(arguments.one)), arguments.shape[0], arguments.repeats)))

@@ -1,4 +1,4 @@
-"""What the measuring scripts say of the machine and of their own process. Standard library only."""
+"""The machine and this process, as the benchmarks report them. Standard library only."""
 
 import os
 import platform
@@ -10,12 +10,12 @@ MIB = 2**20
 
 
 def threads() -> int:
-    """Cores this process may run on; both sides of every comparison use them all."""
+    """Returns the number of cores this process may run on; both sides of every comparison use all of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def rss_bytes() -> int:
-    """Resident memory now; where there is no /proc, the highest so far."""
+    """Returns the resident memory now, or its peak so far where there is no /proc."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return peak_rss_bytes()
@@ -23,16 +23,16 @@ def rss_bytes() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """The highest resident memory of this process.
+    """Returns the peak resident memory of this process.
 
-    Linux lets a child start from the value of the process that spawned it, so spawn from a small one.
+    On Linux a child's peak starts at that of the process that spawned it, so spawn from a small process.
     """
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def describe() -> str:
-    """The processor, the cores in use, the memory and the system, in one line."""
+    """Returns the processor, the cores in use, the memory and the system, in one line."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -41,12 +41,12 @@ def describe() -> str:
 
 
 def forget_peak() -> None:
-    """Let the kernel's record of this process's highest resident memory start anew. Linux only."""
+    """Resets the kernel's record of this process's peak resident memory. Linux only."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def recorded_peak_bytes() -> int:
-    """The highest resident memory since `forget_peak`, as the kernel records it. Linux only."""
+    """Returns the peak resident memory since `forget_peak`, as recorded by the kernel. Linux only."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

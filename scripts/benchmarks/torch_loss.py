@@ -1,9 +1,9 @@
-"""NeMo-Aligner's loss restated in eager torch (`torch_peer.NemoLoss`), timed on random inputs for bench_loss.py.
+"""Times NeMo-Aligner's loss, restated in eager torch (`torch_peer.NemoLoss`), on random inputs for bench_loss.py.
 
     python scripts/benchmarks/torch_loss.py --level linear --sft 0.4 --shape 1024 32768 512 64 --repeats 5
 
-One line of JSON: seconds of every repeat, and the bytes by which the first raised the peak memory over the inputs.
-Needs torch and NumPy, not kdjax.
+Prints one line of JSON: the seconds of each repeat, and the bytes by which the first repeat raised the peak memory
+above the inputs. Needs torch and NumPy, but not kdjax.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torch_peer import NemoLoss
 
 
 def inputs(shape: tuple[int, int, int, int], device: str) -> list[Tensor]:
-    """hidden [1, N, D], unembed [V, D], topk_logits and ids [1, N, K] (distinct in a row), labels [1, N]."""
+    """Returns hidden [1, N, D], unembed [V, D], topk_logits and distinct ids [1, N, K], labels [1, N]."""
     n, v, d, k = shape
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((1, n, d), np.float32)
@@ -32,7 +32,7 @@ def inputs(shape: tuple[int, int, int, int], device: str) -> list[Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--level", choices=("linear", "logits"), required=True)
-    parser.add_argument("--sft", type=float, required=True, help="weight of the SFT term; 0: none")
+    parser.add_argument("--sft", type=float, required=True, help="weight of the SFT term; 0 leaves it out")
     parser.add_argument("--shape", type=int, nargs=4, required=True, metavar=("N", "V", "D", "K"))
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()

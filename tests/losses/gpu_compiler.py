@@ -1,17 +1,17 @@
 """Compiles the kernels for an H100 on a machine without one; run as a script, it prints the table of docs/kernels.md.
 
-Compiling takes a process of its own, since it is the environment that says, once, where XLA dumps its PTX. The
-program is the value and the gradient of `topk_kd_loss` with the logits donated: they die there, as in a train step.
+Compiling takes a process of its own, because the environment says, once, where XLA dumps its PTX. The program is the
+value and gradient of `topk_kd_loss` with the logits donated: nothing needs them later, as in a training step.
 
 What is counted, and how:
 
-- passes: `traffic` lists the instructions of the optimised HLO that read or write an array of N * V elements. Each
-  of them is a pass, unless it only renames memory (`RENAMES`).
-- what a kernel does to such an array is counted in its PTX: `tiles` finds the loop over the row, how often it is run,
-  and the loads and stores in it and outside. A row is read once if the widest loads, those in the loop times its
-  runs and those of the row's rest, are as many bytes as the row has, up to the end of the last tile, where a mask
-  holds. The narrower loads are those of single columns and of the K entries.
-- registers and spills are what `ptxas -v` says of that PTX.
+- passes: `traffic` lists the instructions of the optimised HLO that read or write an array of N * V elements. Each of
+  them is a pass, unless it only renames memory (`RENAMES`).
+- accesses of a kernel to such an array are counted in its PTX: `tiles` finds the loop over the row, its number of
+  iterations, and the loads and stores inside and outside. A row is read once if the widest loads, those in the loop
+  times its iterations plus those of the rest of the row, move as many bytes as the row has, up to the end of the last,
+  masked tile. The narrower loads are those of single columns and of the K entries.
+- registers and spills are reported by `ptxas -v` for that PTX.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ CASES = [*GRID, KD_ONLY, GHOST, UNALIGNED, KEPT, XLA]
 
 
 def missing() -> str | None:
-    """What has to be installed before anything here works."""
+    """Returns what must be installed before anything here works, or None."""
     if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
         return "no CUDA compiler for JAX: pip install 'kdjax[aot]'"
     return None if ptxas() else "no ptxas: pip install nvidia-cuda-nvcc-cu12"
@@ -79,9 +79,11 @@ def ptxas_version() -> str:
 
 
 def run(*arguments: str) -> str:
-    """The output of this file, run in a fresh process."""
+    """Returns the output of this file, run in a fresh process."""
     with tempfile.TemporaryDirectory() as dump:
-        environment = {name: value for name, value in os.environ.items() if "CACHE" not in name}  # cached: no dump
+        environment = {
+            name: value for name, value in os.environ.items() if "CACHE" not in name
+        }  # a cached program is not dumped
         environment |= {
             "JAX_PLATFORMS": "cpu",
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -96,7 +98,7 @@ def run(*arguments: str) -> str:
 
 
 def compile_case(case: Case, dump: Path) -> dict[str, Any]:
-    """Everything that is counted, of one case."""
+    """Returns everything that is counted in one case."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -144,9 +146,9 @@ def compile_case(case: Case, dump: Path) -> dict[str, Any]:
 
 
 def traffic(hlo: str, elements: int) -> list[tuple[str, int, int]]:
-    """(opcode or custom call's target, arrays read, arrays written) of each instruction that touches such an array.
+    """Returns (opcode or target, arrays read, arrays written) of each instruction that touches an array of that size.
 
-    Within fusions nothing is counted, as memory sees their operands and results only.
+    Inside fusions nothing is counted: only their operands and results are in memory.
     """
     fused = set(re.findall(r"(?:calls|to_apply)=%([\w.-]+)", hlo))
     large: dict[str, int] = {}
@@ -166,7 +168,7 @@ def traffic(hlo: str, elements: int) -> list[tuple[str, int, int]]:
 
 
 def resources(ptx: str) -> dict[str, int]:
-    """Registers a thread, and bytes spilled to memory, for an H100."""
+    """Returns the registers per thread and the bytes spilled to memory on an H100."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -181,8 +183,8 @@ def resources(ptx: str) -> dict[str, int]:
 
 
 def tiles(ptx: str) -> dict[str, Any]:
-    """Of loads (ld) and stores (st): the bytes of the widest in the loop over a row (of all, without one), how many of
-    these are in it and outside of it, and what they move in all, by all threads, before masks.
+    """Returns, for loads (ld) and stores (st), the bytes of the widest access in the loop over a row (of all if there
+    is no loop), the number of these inside and outside the loop, and the bytes that they move, before masks.
     """
     threads = int(re.findall(r"\.reqntid (\d+)", ptx)[0])
     labels = {m[1]: m.start() for m in re.finditer(r"^(\$L\w+):", ptx, re.MULTILINE)}
@@ -191,7 +193,7 @@ def tiles(ptx: str) -> dict[str, Any]:
         for m in re.finditer(r"@(%p\d+) bra\s+(\$L\w+);", ptx)
         if m[2] in labels and labels[m[2]] < m.start()
     ]
-    # The loop that moves most; a short one may be unrolled, and the others (over parts of the K) move little.
+    # The loop that moves most bytes; a short one may be unrolled, and loops over parts of the K entries move little.
     start, end, predicate = max(loops, key=lambda loop: sum(accesses(ptx[loop[0] : loop[1]])), default=(0, 0, ""))
     body, outside = ptx[start:end], ptx[:start] + ptx[end:]
     runs = trips(ptx[:start], body, predicate) if accesses(body) else 0
@@ -205,28 +207,30 @@ def tiles(ptx: str) -> dict[str, Any]:
 
 
 def accesses(ptx: str, kind: str = "ld|st") -> list[int]:
-    """The bytes of each access of a thread to global memory."""
+    """Returns the bytes of each access of a thread to global memory."""
     found = re.findall(rf"\b(?:{kind})\.global(?:\.v(\d))?\.[a-z](\d+)", ptx)
     return [int(vector or 1) * int(bits) // 8 for vector, bits in found]
 
 
 def trips(before: str, body: str, predicate: str) -> int:
-    """How often the loop is run: its counter goes from a constant to a constant by a constant."""
+    """Returns the iterations of the loop, whose counter goes from a constant to a constant by a constant."""
     [(counter, stop)] = re.findall(rf"setp\.ne\.[bsu]\d+ \s*{predicate}, (%\w+), (-?\d+);", body)
-    counter = next(iter(re.findall(rf"cvt\.u32\.u64 \s*{counter}, (%\w+);", body)), counter)  # of 64 bits
+    counter = next(
+        iter(re.findall(rf"cvt\.u32\.u64 \s*{counter}, (%\w+);", body)), counter
+    )  # the counter may have 64 bits
     [step] = re.findall(rf"add\.[su]\d+ \s*{counter}, {counter}, (-?\d+);", body)
     first = re.findall(rf"mov\.[bsu]\d+ \s*{counter}, (-?\d+);", before)[-1]
     return (int(stop) - int(first)) // int(step)
 
 
 def barriers(ptx: str) -> int:
-    """How often a program's threads wait for each other between its 16-byte stores and the narrower ones after them."""
+    """Returns the number of barriers between a program's 16-byte stores and the narrower stores after them."""
     *_, after = re.split(r"st\.global\.v4\.b32", ptx)
     return re.split(r"st\.global\.b", after)[0].count("bar.sync")
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results in Markdown, a line a kernel."""
+    """Returns the results as a Markdown table, one line per kernel."""
     lines = [
         "| V | logits | K | kernel | registers | spilled bytes | bytes a load | bytes a store"
         " | loop: runs x (loads + stores) | [N, V] read | [N, V] written |",

@@ -1,6 +1,6 @@
-"""What the losses are tested against: float64 NumPy, derivatives by formula, and the cases to try.
+"""The oracle of the losses in float64 NumPy, with derivatives by formula, and the inputs to test with.
 
-Written from the formulas of the papers and of NeMo-Aligner, sharing no code with the package.
+Written from the formulas of the papers and of NeMo-Aligner; shares no code with the package.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from kdjax.losses import linear_topk_kd_loss, topk_kd_loss
 
 # "linear" and "gathered" are the fused loss, with the identity as unembedding; the others take logits.
 IMPLEMENTATIONS = ("reference", "xla", "linear", "gathered", "pallas_interpret")
-# Allowed beside what rounding the truth to the dtype already costs; Cut Cross-Entropy's tolerances.
+# Allowed on top of the error of rounding the truth to the dtype; the tolerances of Cut Cross-Entropy.
 TOLERANCE = {"float32": 5e-4, "float16": 1e-3, "bfloat16": 1e-2}
 
 
 def jit(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit` with the same XLA passes and half the compile time: LLVM, which comes after them, optimises less."""
+    """Returns `jax.jit` of f with half the compile time: the same XLA passes, and fewer LLVM passes after them."""
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(f, compiler_options=options)
 
@@ -51,7 +51,7 @@ def make_inputs(
     absent: bool = False,
     offset: float = 0.0,
 ) -> Inputs:
-    """Random inputs of shape (B, T, V, K): about half of the labels within the top-k, a third of weights 0."""
+    """Returns random inputs of shape (B, T, V, K), with half of the labels in the top-k and a third of weights 0."""
     rng = np.random.default_rng(seed)
     b, t, v, k = shape
     logits = (rng.normal(size=(b, t, v)) * 3 + offset).astype(dtype)
@@ -92,7 +92,7 @@ def oracle(
     tail: str = "renormalize",
     jsd_beta: float = 0.5,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """loss, kd, sft [B, T], and the gradient [B, T, V] of sum(loss) by the logits, position by position."""
+    """Returns loss, kd, sft [B, T] and the gradient [B, T, V] of sum(loss) by the logits, position by position."""
     b, t, v = inputs.logits.shape
     loss, kd, sft = np.zeros((3, b, t))
     gradient = np.zeros((b, t, v))
@@ -135,7 +135,7 @@ def with_tail(log_prob: np.ndarray) -> np.ndarray:
 
 
 def divergence(log_p: np.ndarray, log_q: np.ndarray, kind: str, beta: float) -> tuple[float, np.ndarray]:
-    """The divergence and its derivatives by log q, each log q_k taken as free."""
+    """Returns the divergence and its derivatives by log q, with each log q_k a free variable."""
     p, q = np.exp(log_p), np.exp(log_q)
     if kind == "fwd_kl":
         return np.sum(p * (log_p - log_q)), -p
@@ -147,19 +147,19 @@ def divergence(log_p: np.ndarray, log_q: np.ndarray, kind: str, beta: float) -> 
 
 
 def takes(implementation: str, settings: dict[str, Any]) -> bool:
-    """Whether an implementation is made for these settings."""
+    """Returns whether an implementation supports these settings."""
     everything = settings.get("sft_loss_weight") or settings.get("tail") == "ghost" or settings.get("cross_tokenizer")
     return implementation != "gathered" or not everything
 
 
 def weighted_sums(implementation: str, inputs: Inputs, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """(loss, kd, sft) summed with `inputs.weight`, and the gradient of that loss by the logits."""
+    """Returns (loss, kd, sft) summed with `inputs.weight`, and the gradient of that loss by the logits."""
     weight, arguments = jnp.asarray(inputs.weight), {**settings}
     if settings.get("tail") == "ghost":
         arguments["log_sum_exp_logits"] = inputs.log_sum_exp_logits
 
     def total(logits: jax.Array) -> tuple[jax.Array, Any]:
-        if implementation in ("linear", "gathered"):  # multiplied by the identity, logits stay exact
+        if implementation in ("linear", "gathered"):  # multiplying by the identity keeps the logits exact
             eye = jnp.eye(logits.shape[-1], dtype=logits.dtype)
             name = "xla" if implementation == "linear" else "gathered"
             sums = linear_topk_kd_loss(
@@ -175,7 +175,7 @@ def weighted_sums(implementation: str, inputs: Inputs, settings: dict[str, Any])
 
 
 def assert_close(ours: Any, truth: np.ndarray, dtype: str, scale: float = 1.0) -> None:
-    """|ours - truth| is within the dtype's tolerance, times scale, of what rounding the truth costs."""
+    """Asserts that |ours - truth| exceeds the rounding error of the truth by at most the dtype's tolerance * scale."""
     ours, name = np.asarray(ours), dtype
     rounded = truth.astype(ml_dtypes.bfloat16 if name == "bfloat16" else name).astype(np.float64)
     excess = np.abs(ours.astype(np.float64) - truth) - np.abs(rounded - truth)
@@ -183,7 +183,7 @@ def assert_close(ours: Any, truth: np.ndarray, dtype: str, scale: float = 1.0) -
 
 
 def arguments_of(n: int, v: int, d: int, k: int) -> list[jax.ShapeDtypeStruct]:
-    """hidden, unembed, topk_logits, topk_token_ids, labels, loss_mask, as shapes."""
+    """Returns the shapes of hidden, unembed, topk_logits, topk_token_ids, labels, loss_mask."""
     shapes = [(1, n, d), (v, d), (1, n, k), (1, n, k), (1, n), (1, n)]
     kinds = [jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.float32]
     return [jax.ShapeDtypeStruct(*both) for both in zip(shapes, kinds, strict=True)]

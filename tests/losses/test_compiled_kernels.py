@@ -1,4 +1,4 @@
-"""What the Pallas kernels compile to for an H100, on a machine without one. How it is counted: aot.py."""
+"""What the Pallas kernels compile to for an H100, on a machine without one; `gpu_compiler.py` does the counting."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 THREE_PASSES = [["kdjax_sweep", 1, 0], ["kdjax_spread", 1, 1]]  # (kernel, [N, V] read, [N, V] written)
 Compiled = Callable[[aot.Case], dict[str, Any]]
 
-pytestmark = pytest.mark.slow  # the first of them, which compiles for all
+pytestmark = pytest.mark.slow  # the first test, which compiles for all of them
 each = pytest.mark.parametrize("case", [*aot.GRID, aot.GHOST], ids=lambda case: case.name)
 
 
@@ -28,14 +28,14 @@ def compiled() -> Compiled:
 
 
 def assert_whole_row(case: aot.Case, kernel: dict[str, Any], kind: str) -> None:
-    """Its bytes are loaded or stored once, by 16 at a time, up to the end of the last tile, where a mask holds."""
+    """Asserts that the row is loaded or stored once, 16 bytes at a time, up to the end of the last, masked tile."""
     moved, row = kernel[kind], case.v * (4 if case.dtype == "float32" else 2)
     assert moved["bytes_per_access"] == 16
     assert row <= moved["bytes"] < row + kernel["threads"] * 16 * pallas.LOADS
 
 
 def assert_nothing_large_beside(case: aot.Case, result: dict[str, Any]) -> None:
-    """Of a row: its columns and what was picked at them, twice, and a few numbers."""
+    """Asserts that a row takes its columns and the picked logits, twice, and a few numbers."""
     assert result["temp_bytes"] <= aot.N * (2 * case.k + 16) * 4
 
 
@@ -71,13 +71,13 @@ def test_four_programs_fit_on_a_multiprocessor(compiled: Compiled, case: aot.Cas
 
 @each
 def test_taught_columns_are_written_after_all_others(compiled: Compiled, case: aot.Case) -> None:
-    """By other threads than have just written there; at K = 4 no reduction's barrier stands in for the kernel's own."""
+    """Other threads have just written there; at K = 4 no reduction's barrier can stand in for the kernel's own."""
     waits = compiled(case)["kernels"]["kdjax_spread"]["barriers"]
     assert waits == 1 if case.k == 4 else waits >= 1
 
 
 def test_kd_alone_reads_no_row(compiled: Compiled) -> None:
-    """Both kernels are given the logits; one reads K + 1 of a row, the other none: it writes zeros and K values."""
+    """`sweep` reads K + 1 logits of a row, `spread` none: it writes zeros and K values."""
     result = compiled(aot.KD_ONLY)
     kernels = result["kernels"]
     assert result["traffic"] == THREE_PASSES
@@ -94,14 +94,14 @@ def test_rows_of_any_alignment(compiled: Compiled) -> None:
 
 
 def test_logits_that_are_kept_are_copied(compiled: Compiled) -> None:
-    """So the counting of passes does count: one more of each, and the gradient in memory of its own."""
+    """One more read and write, which shows that the counting works, and the gradient has memory of its own."""
     result = compiled(aot.KEPT)
     assert result["traffic"] == [["copy", 1, 1], *THREE_PASSES]
     assert result["output_bytes_not_aliased"] > aot.N * aot.KEPT.v * 2
 
 
 def test_xla_reads_the_logits_twice(compiled: Compiled) -> None:
-    """Once for the maximum, once for the sum; and once for the few picked, and to overwrite those."""
+    """Once for the maximum and once for the sum; besides, to pick the taught logits and to overwrite them."""
     result = compiled(aot.XLA)
     assert [(read, written) for _, read, written in result["traffic"]] == [(1, 0)] * 3 + [(1, 1)] * 2
 

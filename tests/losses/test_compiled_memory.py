@@ -1,4 +1,4 @@
-"""What the losses allocate on an H100, compiled for it on a machine without one: whole programs."""
+"""The memory that whole loss programs allocate on an H100, compiled for it on a machine without one."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("compiler", "uncached")
 
 
 def compiled(f: Any, *shapes: tuple[tuple[int, ...], Any]) -> Any:
-    """f on one H100, inside shard_map, as training runs it."""
+    """Returns f compiled for one H100, inside shard_map, as training runs it."""
     mesh = Mesh(np.array(topology("h100", 1).devices), ("data",), axis_types=(AxisType.Auto,))
     on_device = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
     arguments = [jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(mesh, P())) for shape in shapes]
@@ -35,7 +35,7 @@ TEACHING = [((1, N, K), jnp.float32), ((1, N, K), jnp.int32), ((1, N), jnp.int32
     [("xla", SFT, False), ("pallas", SFT, True), (None, SFT, True), ("gathered", {}, False), (None, {}, False)],
 )
 def test_linear(implementation: str | None, settings: dict[str, Any], kernels: bool) -> None:
-    """The unembedding's gradient in float32 and a chunk's logits twice in bfloat16, at most; a kernel where chosen."""
+    """At most the unembedding's gradient in float32 and a chunk's logits twice in bfloat16; a kernel where expected."""
 
     def gradient(hidden: jax.Array, unembed: jax.Array, *rest: jax.Array) -> Any:
         def loss(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
@@ -52,7 +52,7 @@ def test_linear(implementation: str | None, settings: dict[str, Any], kernels: b
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_logits(implementation: str) -> None:
-    """Beside bfloat16 logits and their gradient, next to nothing."""
+    """Almost nothing beside the bfloat16 logits and their gradient."""
 
     def gradient(logits: jax.Array, *teaching: jax.Array) -> jax.Array:
         def loss(logits: jax.Array) -> jax.Array:

@@ -1,12 +1,15 @@
-"""Where NeMo-Aligner's loss goes wrong, and other inputs at the edge: each gives the right value or a loud NaN."""
+"""Inputs where NeMo-Aligner's loss goes wrong, and other edge cases: each gives the right value or a loud NaN."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
-from loss_oracle import Inputs, assert_close, jit, make_inputs, oracle
+from loss_oracle import Inputs, assert_close, jit, logsumexp, make_inputs, oracle
 
 from kdjax.losses import topk_kd_loss
 from kdjax.losses.reference import ABSENT
@@ -14,14 +17,25 @@ from kdjax.losses.reference import ABSENT
 each = pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_interpret"])
 
 
+SHAPE = (1, 3, 19, 4)  # of most tests, which then share their compiled programs
+
+
+@functools.cache
+def program(implementation: str, settings: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """Returns a compiled function for (loss, kd, sft) and the gradient, which tests of the same settings share."""
+
+    def total(logits: jax.Array, teaching: Any, lse: jax.Array, weight: jax.Array) -> tuple[jax.Array, Any]:
+        choice = {"log_sum_exp_logits": lse, "implementation": implementation, **dict(settings)}
+        losses = topk_kd_loss(logits, *teaching, **choice)
+        return jnp.where(weight == 0, 0, losses[0]).sum(), losses
+
+    return jit(jax.value_and_grad(total, has_aux=True))
+
+
 def loss_and_gradient(implementation: str, inputs: Inputs, **settings: Any) -> tuple[Any, np.ndarray]:
-    """(loss, kd, sft) [B, T], and the gradient of the sum of the unmasked losses."""
-
-    def total(z: jax.Array) -> tuple[jax.Array, Any]:
-        losses = topk_kd_loss(z, *inputs.teaching, implementation=implementation, **settings)
-        return jnp.where(inputs.weight == 0, 0, losses[0]).sum(), losses
-
-    (_, losses), gradient = jit(jax.value_and_grad(total, has_aux=True))(inputs.logits)
+    """Returns (loss, kd, sft) [B, T] and the gradient of the sum of the unmasked losses."""
+    run = program(implementation, tuple(sorted(settings.items())))
+    (_, losses), gradient = run(inputs.logits, inputs.teaching, inputs.log_sum_exp_logits, inputs.weight)
     return [np.asarray(x) for x in losses], np.asarray(gradient)
 
 
@@ -37,8 +51,8 @@ def assert_right(implementation: str, inputs: Inputs, **settings: Any) -> None:
 @each
 @pytest.mark.parametrize("shift", [500.0, -500.0])
 def test_teacher_values_of_any_size(implementation: str, shift: float) -> None:
-    """NeMo exponentiates the teacher's values as they come: above 88 infinity, all below -104 0/0."""
-    inputs = make_inputs(3, (2, 3, 17, 5))
+    """NeMo exponentiates the raw teacher values: above 88 gives infinity, all below -104 gives 0/0."""
+    inputs = make_inputs(3, SHAPE)
     inputs.topk_logits += np.float32(shift)
     assert_right(implementation, inputs)
 
@@ -46,8 +60,8 @@ def test_teacher_values_of_any_size(implementation: str, shift: float) -> None:
 @each
 @pytest.mark.parametrize("kd_loss", ["fwd_kl", "bwd_kl", "jsd"])
 def test_topk_far_below_the_student_maximum(implementation: str, kd_loss: str) -> None:
-    """NeMo exponentiates after subtracting the vocabulary's maximum: 150 below it, all K underflow to log 0."""
-    inputs = make_inputs(4, (1, 3, 23, 4))
+    """NeMo subtracts the maximum over the vocabulary first: if all K are 150 below it, they underflow to log 0."""
+    inputs = make_inputs(4, SHAPE)
     for at in np.ndindex(1, 3):
         inputs.logits[at][inputs.topk_token_ids[at]] -= 150
     assert_right(implementation, inputs, kd_loss=kd_loss)
@@ -55,9 +69,9 @@ def test_topk_far_below_the_student_maximum(implementation: str, kd_loss: str) -
 
 @each
 def test_one_student_entry_underflows(implementation: str) -> None:
-    """NeMo's backward KL multiplies 0 by log 0 there."""
-    inputs = make_inputs(5, (1, 2, 23, 4))
-    for at in np.ndindex(1, 2):
+    """NeMo's backward KL multiplies 0 by log 0 in this case."""
+    inputs = make_inputs(5, SHAPE)
+    for at in np.ndindex(1, 3):
         inputs.logits[at][inputs.topk_token_ids[at][1]] = -200
     assert_right(implementation, inputs, kd_loss="bwd_kl")
 
@@ -66,12 +80,12 @@ def test_one_student_entry_underflows(implementation: str) -> None:
 @pytest.mark.parametrize("kd_loss", ["bwd_kl", "jsd"])
 @pytest.mark.parametrize("tail", ["renormalize", "ghost"])
 def test_student_minus_infinity_weighs_nothing(implementation: str, kd_loss: str, tail: str) -> None:
-    """q log q is 0 at q = 0, in value and derivative; a column nobody teaches may be -inf too."""
-    inputs = make_inputs(6, (1, 2, 23, 4))
-    for at in np.ndindex(1, 2):
+    """q log q is 0 at q = 0, in value and derivative; a column that is not taught may be -inf too."""
+    inputs = make_inputs(6, SHAPE)
+    for at in np.ndindex(1, 3):
         inputs.logits[at][inputs.topk_token_ids[at][1]] = -np.inf
-        inputs.logits[at][np.setdiff1d(np.arange(23), inputs.topk_token_ids[at])[0]] = -np.inf
-    settings = {"kd_loss": kd_loss, "tail": tail, "log_sum_exp_logits": inputs.log_sum_exp_logits}
+        inputs.logits[at][np.setdiff1d(np.arange(19), inputs.topk_token_ids[at])[0]] = -np.inf
+    settings = {"kd_loss": kd_loss, "tail": tail}
     losses, gradient = loss_and_gradient(implementation, inputs, **settings)
     inputs.logits = np.maximum(inputs.logits, -1e4)
     expected, slope = loss_and_gradient(implementation, inputs, **settings)
@@ -97,17 +111,17 @@ def test_masked_positions_may_hold_anything(poison: float) -> None:
 
 
 @each
-@pytest.mark.parametrize("shape", [(3, 1, 11, 4), (1, 3, 11, 4), (1, 1, 11, 1)])
+@pytest.mark.parametrize("shape", [(3, 1, 19, 4), SHAPE, (1, 1, 19, 1)])
 def test_one_position_or_one_row(implementation: str, shape: tuple[int, int, int, int]) -> None:
-    """NeMo squeezes a [B, 1] away and broadcasts to [B, B]."""
-    assert_right(implementation, make_inputs(8, shape), sft_loss_weight=0.3)
+    """NeMo squeezes [B, 1] to [B] and broadcasts it to [B, B]."""
+    assert_right(implementation, make_inputs(8, shape), sft_loss_weight=0.4)
 
 
 @each
 @pytest.mark.parametrize("bad", [-1, -100, 19, 2**31 - 1])
 def test_ids_out_of_range_are_loud(implementation: str, bad: int) -> None:
-    """To NeMo such an id has the largest logit; in NumPy a negative one would be another token's."""
-    inputs = make_inputs(9, (1, 3, 19, 4))
+    """NeMo gives such an id the largest logit; NumPy indexing would take a negative id for another token."""
+    inputs = make_inputs(9, SHAPE)
     good, _ = loss_and_gradient(implementation, inputs, sft_loss_weight=0.4)
     inputs.topk_token_ids[0, 0, 2] = bad
     inputs.labels[0, 1] = bad
@@ -119,12 +133,12 @@ def test_ids_out_of_range_are_loud(implementation: str, bad: int) -> None:
 
 @each
 def test_small_integer_ids(implementation: str) -> None:
-    """A vocabulary beyond the ids' own dtype is no obstacle, nor are unsigned ids."""
+    """Ids may be unsigned, and of a dtype that cannot count the vocabulary."""
     inputs = make_inputs(10, (1, 2, 300, 4))
     inputs.topk_token_ids %= 250
     inputs.labels %= 250
     expected, _ = loss_and_gradient(implementation, inputs, sft_loss_weight=0.4)
-    inputs.topk_token_ids, inputs.labels = inputs.topk_token_ids.astype("u1"), inputs.labels.astype("u1")
+    inputs.topk_token_ids, inputs.labels = inputs.topk_token_ids.astype("u1"), inputs.labels.astype("i2")
     losses, _ = loss_and_gradient(implementation, inputs, sft_loss_weight=0.4)
     np.testing.assert_array_equal(losses, expected)
 
@@ -132,15 +146,15 @@ def test_small_integer_ids(implementation: str) -> None:
 @each
 @pytest.mark.parametrize("kd_loss", ["fwd_kl", "bwd_kl", "jsd"])
 def test_duplicate_ids_add(implementation: str, kd_loss: str) -> None:
-    """NeMo assigns the gradients of equal ids over each other."""
-    inputs = make_inputs(11, (2, 2, 13, 6))
-    inputs.topk_token_ids[..., 3:] = inputs.topk_token_ids[..., :3]
+    """In NeMo the gradient of one of two equal ids overwrites the other."""
+    inputs = make_inputs(11, SHAPE)
+    inputs.topk_token_ids[..., 2:] = inputs.topk_token_ids[..., :2]
     inputs.labels = inputs.topk_token_ids[..., 1].copy()
-    assert_right(implementation, inputs, kd_loss=kd_loss, sft_loss_weight=0.6)
+    assert_right(implementation, inputs, kd_loss=kd_loss, sft_loss_weight=0.4)
 
 
 def test_bfloat16_gradient_is_rounded_once() -> None:
-    """At label, teacher's id and duplicate in one, softmax - 1 + 2 (q - p) must not be added up in bfloat16."""
+    """Where label, teacher id and duplicate coincide, softmax - 1 + 2 (q - p) must not be summed in bfloat16."""
     inputs = make_inputs(12, (4, 4, 67, 4), jnp.bfloat16)
     inputs.topk_token_ids[..., 2] = inputs.topk_token_ids[..., 0]
     inputs.labels = inputs.topk_token_ids[..., 0].copy()
@@ -152,7 +166,7 @@ def test_bfloat16_gradient_is_rounded_once() -> None:
 
 @each
 def test_logits_scale_reaches_both_terms(implementation: str) -> None:
-    inputs = make_inputs(13, (1, 3, 19, 4))
+    inputs = make_inputs(13, SHAPE)
     scaled = loss_and_gradient(implementation, inputs, sft_loss_weight=0.4, logits_scale=0.5)[0]
     inputs.logits *= np.float32(0.5)
     np.testing.assert_array_equal(scaled, loss_and_gradient(implementation, inputs, sft_loss_weight=0.4)[0])
@@ -160,10 +174,10 @@ def test_logits_scale_reaches_both_terms(implementation: str) -> None:
 
 @each
 @pytest.mark.parametrize("settings", [{}, {"kd_loss": "jsd"}, {"tail": "ghost"}, {"cross_tokenizer": "rank_match"}])
-def test_absent_entries_are_as_good_as_missing(implementation: str, settings: dict[str, Any]) -> None:
-    """Wherever they stand and whatever their ids say."""
-    inputs = make_inputs(14, (1, 3, 19, 4))
-    settings = {**settings, "sft_loss_weight": 0.2, "log_sum_exp_logits": inputs.log_sum_exp_logits}
+def test_absent_entries_change_nothing(implementation: str, settings: dict[str, Any]) -> None:
+    """In any place and with any id."""
+    inputs = make_inputs(14, SHAPE)
+    settings = {**settings, "sft_loss_weight": 0.4}
     expected, slope = loss_and_gradient(implementation, inputs, **settings)
     gaps = np.full((1, 3, 1), -np.inf, np.float32)
     inputs.topk_logits = np.concatenate([gaps, inputs.topk_logits[..., :2], gaps, inputs.topk_logits[..., 2:]], -1)
@@ -178,29 +192,63 @@ def test_absent_entries_are_as_good_as_missing(implementation: str, settings: di
 @each
 @pytest.mark.parametrize("tail", ["renormalize", "ghost"])
 def test_a_position_without_any_entry_teaches_nothing(implementation: str, tail: str) -> None:
-    inputs = make_inputs(15, (1, 2, 19, 4))
-    settings = {"tail": tail, "log_sum_exp_logits": inputs.log_sum_exp_logits}
-    expected, slope = loss_and_gradient(implementation, inputs, **settings)
+    inputs = make_inputs(15, SHAPE)
+    inputs.weight[:] = 1
+    expected, slope = loss_and_gradient(implementation, inputs, tail=tail)
     inputs.topk_logits[0, 0] = -np.inf
-    losses, gradient = loss_and_gradient(implementation, inputs, **settings)
-    np.testing.assert_array_equal(losses[1], [[0, expected[1][0, 1]]])
-    np.testing.assert_array_equal(gradient[0], [np.zeros(19), slope[0, 1]])
+    losses, gradient = loss_and_gradient(implementation, inputs, tail=tail)
+    np.testing.assert_array_equal(losses[1], [[0, *expected[1][0, 1:]]])
+    np.testing.assert_array_equal(gradient[0], [np.zeros(19), *slope[0, 1:]])
 
 
 @each
 def test_empty_tail_is_finite(implementation: str) -> None:
-    """K = V: on both sides the tail holds 2^-23 at most, and the ghost bucket changes next to nothing."""
+    """K = V: both tails have a mass of at most 2^-23, so the ghost bucket changes almost nothing."""
     inputs = make_inputs(16, (4, 16, 7, 7))
     plain, slope = loss_and_gradient(implementation, inputs)
-    settings = {"tail": "ghost", "log_sum_exp_logits": inputs.log_sum_exp_logits}
-    losses, gradient = loss_and_gradient(implementation, inputs, **settings)
+    losses, gradient = loss_and_gradient(implementation, inputs, tail="ghost")
     np.testing.assert_allclose(losses, plain, atol=2e-5)
     np.testing.assert_allclose(gradient, slope, atol=2e-5)
 
 
+def clamped_inputs() -> Inputs:
+    """Returns a position with a tail, one whose student is certain of the first entry, and one with duplicate ids.
+
+    The student's mass on the top-k is below 1, rounds to 1, and is almost 2; the teacher's tail has a mass of 0.3.
+    """
+    inputs = make_inputs(18, SHAPE)
+    inputs.logits[0, 1, inputs.topk_token_ids[0, 1, 0]] += 60
+    inputs.topk_token_ids[0, 2, 2:] = inputs.topk_token_ids[0, 2, :2]
+    inputs.logits[0, 2, inputs.topk_token_ids[0, 2]] += 20
+    inputs.log_sum_exp_logits = (logsumexp(inputs.topk_logits) - np.log(0.7)).astype(np.float32)
+    return inputs
+
+
+@each
+@pytest.mark.parametrize("kd_loss", ["fwd_kl", "bwd_kl", "jsd"])
+def test_clamped_tail(implementation: str, kd_loss: str) -> None:
+    """A clamped tail has the mass 2^-23 and no derivative, while the K entries keep theirs."""
+    assert_right(implementation, clamped_inputs(), kd_loss=kd_loss, tail="ghost")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("kd_loss", ["fwd_kl", "bwd_kl", "jsd"])
+def test_clamped_tail_against_finite_differences(implementation: str, kd_loss: str) -> None:
+    inputs = clamped_inputs()
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def total(z: jax.Array) -> jax.Array:
+            settings = {"kd_loss": kd_loss, "tail": "ghost", "log_sum_exp_logits": inputs.log_sum_exp_logits}
+            return topk_kd_loss(z, *inputs.teaching, implementation=implementation, **settings)[0].sum()
+
+        logits = inputs.logits.astype(np.float64)
+        jax.test_util.check_grads(total, (logits,), order=1, modes=["rev"], rtol=1e-6, atol=1e-8)
+
+
 def test_a_term_of_weight_zero_stays_out() -> None:
-    """Even its NaN: with kd_loss_weight = 0 the teacher's ids do not matter to loss or gradient."""
-    inputs = make_inputs(17, (1, 2, 19, 4))
+    """Even if it is NaN: with kd_loss_weight = 0 the teacher's ids do not affect the loss or the gradient."""
+    inputs = make_inputs(17, SHAPE)
     settings = {"kd_loss_weight": 0.0, "sft_loss_weight": 1.0}
     expected, slope = loss_and_gradient("xla", inputs, **settings)
     inputs.topk_token_ids[:] = 99

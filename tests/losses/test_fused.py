@@ -1,6 +1,7 @@
-"""The fused unembedding and loss: sums, gradients, and the work and memory they take."""
+"""The fused unembedding and loss: sums, gradients, work and memory."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from loss_oracle import TOLERANCE, Inputs, arguments_of, assert_close, jit, make_inputs, oracle
 
 from kdjax.losses import LossSums, linear_topk_kd_loss, topk_kd_loss
+from kdjax.losses.fused import linear
 from kdjax.plan.flops import matmul_flops
 
 SHAPE = B, T, V, K = (2, 7, 61, 5)
@@ -24,7 +26,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 def problem(dtype: Any = np.float32) -> tuple[Inputs, np.ndarray, np.ndarray]:
-    """Inputs whose logits are hidden @ unembed.T in float64, with hidden and unembed exact in `dtype`."""
+    """Returns inputs whose logits are hidden @ unembed.T in float64, with hidden and unembed exact in `dtype`."""
     rng = np.random.default_rng(21)
     hidden = rng.normal(size=(B, T, D)).astype(dtype)
     unembed = rng.normal(size=(V, D)).astype(dtype)
@@ -36,7 +38,7 @@ def problem(dtype: Any = np.float32) -> tuple[Inputs, np.ndarray, np.ndarray]:
 def run(
     inputs: Inputs, hidden: np.ndarray, unembed: np.ndarray, settings: dict[str, Any], **choice: Any
 ) -> tuple[LossSums, tuple[Any, Any]]:
-    """The sums and the gradients of 0.5 * loss."""
+    """Returns the sums and the gradients of 0.5 * loss."""
 
     def total(hidden: jax.Array, unembed: jax.Array) -> tuple[jax.Array, LossSums]:
         lse = inputs.log_sum_exp_logits
@@ -45,7 +47,7 @@ def run(
         return 0.5 * sums.loss, sums
 
     gradient = jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
-    (_, sums), gradients = jax.block_until_ready(gradient(hidden, unembed))  # which may be changed in place after
+    (_, sums), gradients = jax.block_until_ready(gradient(hidden, unembed))  # the tests change these in place
     return sums, gradients
 
 
@@ -73,6 +75,9 @@ def test_sums_and_gradients(implementation: str, settings: dict[str, Any], dtype
 def test_metrics(implementation: str) -> None:
     inputs, hidden, unembed = problem()
     inputs.topk_token_ids[0, 0, 0] = np.argmax(inputs.logits[0, 0])
+    inputs.topk_token_ids, inputs.topk_logits = (  # the first entry is not the most likely one
+        np.roll(x, 2, axis=-1) for x in (inputs.topk_token_ids, inputs.topk_logits)
+    )
     z = 0.7 * inputs.logits
     probability = np.exp(z - np.log(np.exp(z).sum(-1, keepdims=True)))
     present = np.isfinite(inputs.topk_logits)
@@ -94,12 +99,27 @@ def test_metrics(implementation: str) -> None:
 
 
 def test_any_chunk_gives_the_same() -> None:
-    """Chunks of one, ones that divide the 14 positions or do not, all at once, and more than there are."""
+    """Chunks of one position, of sizes that divide the 14 positions or do not, of all, and of more than all."""
     expected = run(*problem(), SETTINGS[1], chunk_tokens=14)
     for chunk_tokens in (1, 3, 7, 8, 1000):
         ours = run(*problem(), SETTINGS[1], chunk_tokens=chunk_tokens)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "implementation", "chunk"),
+    [("cpu", "xla", 128), ("cuda", "xla", 2048), ("cpu", "gathered", 32), ("cuda", "gathered", 256)],
+)
+def test_chunks_by_platform(monkeypatch: pytest.MonkeyPatch, platform: str, implementation: str, chunk: int) -> None:
+    """As few chunks as the chunk size allows."""
+    monkeypatch.setattr(linear, "platform", lambda: platform)
+
+    def chunks(n: int) -> list[str]:
+        loss = functools.partial(linear_topk_kd_loss, implementation=implementation)
+        return re.findall(r"\blength=(\d+)", str(jax.make_jaxpr(lambda *a: loss(*a).loss)(*arguments_of(n, V, D, K))))
+
+    assert [chunks(n) for n in (1, chunk, chunk + 1, 3 * chunk)] == [["1"], ["1"], ["2"], ["3"]]
 
 
 def test_undifferentiated_sums_are_the_same() -> None:
@@ -151,7 +171,7 @@ def test_only_the_loss_has_a_gradient(implementation: str) -> None:
 
 
 def test_mixed_dtypes_keep_the_wider() -> None:
-    """float32 master weights and bfloat16 hidden states: nothing of the weights is rounded away."""
+    """With float32 weights and bfloat16 hidden states, the weights are not rounded."""
     inputs, hidden, unembed = problem()
     hidden = hidden.astype(ml_dtypes.bfloat16)
     exact = run(inputs, hidden.astype(np.float32), unembed, SETTINGS[1])
@@ -176,7 +196,7 @@ def test_one_matmul_forward_three_with_gradients() -> None:
 
 
 def test_memory() -> None:
-    """At most a quarter of what holding all logits takes, and the same for any number of tokens."""
+    """At most a quarter of the memory of holding all logits, and the same for any number of tokens."""
 
     def temporaries(n: int, **choice: Any) -> int:
         gradient = jax.value_and_grad(functools.partial(loss_of, **choice), argnums=(0, 1))
@@ -189,7 +209,7 @@ def test_memory() -> None:
 
 
 def test_memory_of_logits() -> None:
-    """On logits: a block of rows. bfloat16 on a CPU takes the gradient's bits a second time, which XLA copies."""
+    """On logits it takes a block of rows; for bfloat16 on a CPU, XLA also copies the bits of the gradient."""
 
     def temporaries(dtype: Any) -> int:
         n, v, k = 1024, 32768, 64

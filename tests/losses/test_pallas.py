@@ -1,4 +1,4 @@
-"""The Pallas kernels' arithmetic, interpreted on the CPU, against float64; what they compile to: test_losses_aot.py."""
+"""The Pallas kernels' arithmetic, interpreted on the CPU, against float64. See also test_compiled_kernels.py."""
 
 import functools
 from typing import Any
@@ -13,10 +13,10 @@ from loss_oracle import Inputs, assert_close, jit, logsumexp, make_inputs, oracl
 
 from kdjax.losses.closed_form import Picked, evaluate, term_cotangents
 from kdjax.losses.objective import Objective, Supervision
-from kdjax.losses.rows import pallas
-from kdjax.losses.vocabulary import Vocabulary, taught_columns
+from kdjax.losses.rows import Rows, pallas
+from kdjax.losses.vocabulary import Vocabulary, taught_rows
 
-# (dtype, (N, V, K), settings, what of `make_inputs`). A tile is 4096 columns of float32, 8192 of 16-bit floats.
+# (dtype, (N, V, K), settings, traits for `make_inputs`). A tile is 4096 columns of float32, 8192 of 16-bit floats.
 CASES: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = [
     ("float32", (7, 2, 1), {"kd_loss": "fwd_kl", "sft_loss_weight": 0.4}, {}),
     ("float32", (5, 3, 3), {"kd_loss": "bwd_kl", "tail": "ghost", "sft_loss_weight": 0.4}, {}),
@@ -35,24 +35,25 @@ CASES: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = 
 ]
 
 
+INTERPRETED = pallas.Kernels(interpret=True)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("dtype",))
 def interpret(
     objective: Objective, size: int, logits: jax.Array, supervision: Supervision, weight: jax.Array, dtype: Any = None
 ) -> tuple[Any, jax.Array]:
-    """(loss, kd, sft) [B, T], and the gradient of the loss summed with `weight`; columns from `size` on are padding."""
+    """Returns (loss, kd, sft) [B, T] and the gradient of the loss summed with `weight`; `size` columns are valid."""
     vocabulary = Vocabulary(size)
-    columns = taught_columns(objective, vocabulary, logits, supervision)
-    width = vocabulary.width(logits.shape[-1])
-    given = {"width": width, "interpret": True}
-    picked, kd, cache = pallas.sweep(
-        objective, logits, columns, log_sum=objective.needs_log_sum, supervision=supervision, **given
+    rows = taught_rows(objective, vocabulary, logits, supervision)
+    picked, kd, exponentials = INTERPRETED.sweep(
+        objective, rows, log_sum=objective.needs_log_sum, supervision=supervision
     )
     assert kd is not None
-    assert cache is None
+    assert exponentials is None
     zero = jnp.zeros_like(weight)
     term_cts = term_cotangents(objective, (weight, zero, zero))
     dtype = dtype or logits.dtype
-    gradient = pallas.spread(objective, logits, columns, picked, supervision, *term_cts, dtype=dtype, **given)
+    gradient = INTERPRETED.spread(objective, rows, picked, supervision, *term_cts, dtype=dtype)
     return evaluate(objective, picked, supervision, kd), gradient
 
 
@@ -108,7 +109,7 @@ def test_student_minus_infinity_weighs_nothing(tail: str) -> None:
     for at in np.ndindex(1, 3):
         inputs.logits[at][inputs.topk_token_ids[at][1]] = -np.inf
         untaught = np.setdiff1d(np.arange(4099), [*inputs.topk_token_ids[at], inputs.labels[at]])
-        inputs.logits[at][untaught[:4000]] = -np.inf  # most lanes see nothing else in the first tile
+        inputs.logits[at][untaught[:4000]] = -np.inf  # most lanes see nothing but -inf in the first tile
     found = run(inputs, **settings)
     inputs.logits = np.maximum(inputs.logits, -1e4)
     assert_right(inputs, "float32", found, **settings)
@@ -135,10 +136,9 @@ def test_padding_columns_stay_out(v: int, columns: int, padding: float) -> None:
 
 
 def test_a_row_of_padding_is_empty() -> None:
-    """As on the last shards of a small vocabulary."""
+    """The last shards of a small vocabulary have such rows."""
     logits, columns = jnp.full((3, 17), jnp.nan), jnp.full((3, 5), 17, jnp.int32)
-    sweep = functools.partial(pallas.sweep, Objective(), log_sum=True, interpret=True)
-    picked, kd, _ = sweep(logits, columns, width=jnp.int32(0))
+    picked, kd, _ = INTERPRETED.sweep(Objective(), Rows(logits, columns, jnp.int32(0)), log_sum=True)
     np.testing.assert_array_equal(picked.row_max, -np.inf)
     np.testing.assert_array_equal(picked.log_sum, -np.inf)
     np.testing.assert_array_equal(picked.topk, np.nan)
@@ -146,7 +146,7 @@ def test_a_row_of_padding_is_empty() -> None:
 
 
 def test_shards_of_the_vocabulary() -> None:
-    """Each shard sweeps its columns; what they picked is joined, and each spreads to its columns from the whole."""
+    """Each shard sweeps its columns, the picked numbers are joined, and each shard spreads to its columns."""
     settings = {"kd_loss": "bwd_kl", "tail": "ghost", "sft_loss_weight": 0.4}
     objective, v, w = Objective(**settings), 61, 21
     inputs = make_inputs(4, (1, 5, v, 7))
@@ -157,9 +157,9 @@ def test_shards_of_the_vocabulary() -> None:
     for first in range(0, v, w):
         here = (taught >= first) & (taught < first + w)
         columns = jnp.asarray(np.where(here, taught - first, w).astype(np.int32))
-        logits, width = jnp.asarray(padded[..., first : first + w]), jnp.int32(min(w, v - first))
-        shards.append((logits, columns, width))
-        picked, kd, _ = pallas.sweep(objective, logits, columns, log_sum=True, width=width, interpret=True)
+        logits, n_valid = jnp.asarray(padded[..., first : first + w]), jnp.int32(min(w, v - first))
+        shards.append(Rows(logits, columns, n_valid))
+        picked, kd, _ = INTERPRETED.sweep(objective, shards[-1], log_sum=True)
         assert kd is None
         assert np.isnan(picked.topk).tolist() == (~here[..., :-1]).tolist()
         parts.append(picked)
@@ -173,34 +173,32 @@ def test_shards_of_the_vocabulary() -> None:
     )
     weight = jnp.asarray(inputs.weight)
     term_cts = term_cotangents(objective, (weight, 0 * weight, 0 * weight))
-    spread = functools.partial(pallas.spread, objective, dtype=padded.dtype, interpret=True)
-    gradients = [
-        spread(logits, columns, joined, supervision, *term_cts, width=width) for logits, columns, width in shards
-    ]
+    spread = functools.partial(INTERPRETED.spread, objective, dtype=padded.dtype)
+    gradients = [spread(rows, joined, supervision, *term_cts) for rows in shards]
     gradient = np.concatenate(gradients, axis=-1)
     np.testing.assert_array_equal(gradient[..., v:], 0)
     losses = [np.asarray(x) for x in evaluate(objective, joined, supervision)]
     assert_right(inputs, "float32", (losses, gradient[..., :v]), **settings)
 
 
-def test_without_the_log_sum_nothing_of_the_row_is_made() -> None:
+def test_without_the_log_sum_only_the_taught_logits_are_picked() -> None:
     inputs = make_inputs(5, (1, 3, 61, 5))
-    columns = taught_columns(Objective(), Vocabulary(61), jnp.asarray(inputs.logits), supervision_of(inputs))
-    picked, _, _ = pallas.sweep(Objective(), jnp.asarray(inputs.logits), columns, log_sum=False, interpret=True)
+    rows = taught_rows(Objective(), Vocabulary(61), jnp.asarray(inputs.logits), supervision_of(inputs))
+    picked, _, _ = INTERPRETED.sweep(Objective(), rows, log_sum=False)
     assert picked.row_max is None
     assert picked.log_sum is None
     np.testing.assert_array_equal(picked.topk, np.take_along_axis(inputs.logits, inputs.topk_token_ids, axis=-1))
 
 
 def test_the_cotangent_takes_the_dtype_asked_for() -> None:
-    """Rounded once: a chunk's float32 logits have a bfloat16 cotangent, for the matmuls."""
+    """It is rounded once: float32 logits of a chunk have a bfloat16 cotangent, for the matmuls."""
     settings = {"sft_loss_weight": 0.4}
     inputs = make_inputs(7, (1, 3, 4099, 5))
     assert_right(inputs, "bfloat16", run(inputs, dtype=jnp.bfloat16, **settings), **settings)
 
 
 def test_many_entries_are_merged_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Duplicates in different parts of the K add too, and so does the label beside them."""
+    """Duplicates in different parts of the K entries add up too, and the label with them."""
     settings = {"kd_loss": "fwd_kl", "sft_loss_weight": 0.4}
     inputs = make_inputs(8, (1, 3, 17, 40), duplicates=True)
     inputs.labels[:] = inputs.topk_token_ids[..., -1]
@@ -220,23 +218,23 @@ def test_under_vmap() -> None:
 
 
 def kernels(logits: jax.Array, supervision: Supervision, weight: jax.Array) -> tuple[Any, jax.Array]:
-    """As `interpret`, for a GPU."""
+    """Returns the kd term and the gradient from the kernels for a GPU."""
     objective = Objective(sft_loss_weight=0.4, tail="ghost")
-    columns = taught_columns(objective, Vocabulary(logits.shape[-1]), logits, supervision)
-    picked, kd, _ = pallas.sweep(objective, logits, columns, log_sum=True, supervision=supervision)
+    rows = taught_rows(objective, Vocabulary(logits.shape[-1]), logits, supervision)
+    picked, kd, _ = pallas.Kernels().sweep(objective, rows, log_sum=True, supervision=supervision)
     cotangents = (weight, weight)
-    return kd, pallas.spread(objective, logits, columns, picked, supervision, *cotangents, dtype=logits.dtype)
+    return kd, pallas.Kernels().spread(objective, rows, picked, supervision, *cotangents, dtype=logits.dtype)
 
 
 def lowered(f: Any, *arguments: Any, devices: int = 1) -> str:
-    """The program for GPUs, as a machine without one can make it."""
+    """Returns the program for GPUs as text, lowered on a machine without one."""
     device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
     mesh = AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-# From JAX 0.11 on, whenever such a kernel is lowered. Python shows it to nobody unless asked.
+# JAX 0.11 and later warn whenever such a kernel is lowered; Python hides this warning by default.
 deprecated = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 
@@ -254,7 +252,7 @@ def test_lowers_for_a_gpu(dtype: str, x64: bool, wrap: Any) -> None:
 
 @deprecated
 def test_under_shard_map() -> None:
-    """Types that say along which mesh axes a value varies come through; interpreted, JAX's own do not."""
+    """Results vary over the mesh axes of the inputs; JAX's interpreted kernels work unchecked only."""
     inputs = make_inputs(10, (1, 8, 61, 5))
     split = P(None, "data")
     arguments = jnp.asarray(inputs.logits), supervision_of(inputs), jnp.asarray(inputs.weight)
@@ -267,6 +265,6 @@ def test_under_shard_map() -> None:
         np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_float64_is_for_others() -> None:
+def test_float64_is_refused() -> None:
     with jax.enable_x64(True), pytest.raises(AssertionError, match="float64"):
-        pallas.sweep(Objective(), jnp.zeros((1, 3), jnp.float64), jnp.zeros((1, 2), jnp.int32), log_sum=True)
+        pallas.Kernels().sweep(Objective(), Rows(jnp.zeros((1, 3)), jnp.zeros((1, 2), jnp.int32)), log_sum=True)

@@ -1,4 +1,4 @@
-"""The Triton kernels: their numbers by Triton's interpreter, and what they compile to for an H100, on any machine."""
+"""The Triton kernels: their numbers in Triton's interpreter, and what they compile to for an H100, on any machine."""
 
 import importlib
 import importlib.util
@@ -31,7 +31,7 @@ if importlib.util.find_spec("jax_triton") is not None and aot.missing() is None:
 @pytest.mark.slow
 @needs_triton
 def test_numbers() -> None:
-    """`triton_cases.py`, in a process whose kernels are interpreted: that is decided when triton is imported."""
+    """Runs `triton_cases.py` in a process of its own: importing triton decides whether kernels are interpreted."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parents[1])}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_cases.py")]
     done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, check=False)
@@ -50,14 +50,14 @@ def test_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", aot.DTYPES)
 @pytest.mark.parametrize("v", aot.VOCABULARIES)
 def test_compiled_for_an_h100(v: int, dtype: str, k: int) -> None:
-    """Three passes, in 16-byte loads and stores; no spills; nothing as large as the logits beside them."""
+    """Three passes, in 16-byte loads and stores, without spills or other memory as large as the logits."""
     mesh = h100s(1, 1)
     program, ptx = compiled(loss_and_gradient(**EVERYTHING), mesh, *arguments(mesh, v, dtype, k))
     assert aot.traffic(program.as_text(), N * v) == [("kdjax_sweep", 1, 0), ("kdjax_spread", 1, 1)]
     itemsize = jnp.dtype(dtype).itemsize
     assert program.memory_analysis().temp_size_in_bytes < 0.05 * N * v * itemsize
 
-    # The sweep's tile is 64 bytes a thread, the spread's 16 logits. A masked one follows the loop.
+    # The tile of the sweep is 64 bytes per thread, that of the spread 16 logits. A masked tile follows the loop.
     accesses = {"sweep": {"ld": [16] * 4, "st": []}, "spread": {"ld": [16] * itemsize, "st": [16] * itemsize}}
     for name, expected in accesses.items():
         assert_no_spills(ptx[name])
@@ -66,8 +66,8 @@ def test_compiled_for_an_h100(v: int, dtype: str, k: int) -> None:
             assert aot.accesses(loop, kind) == expected[kind]
             assert [size for size in aot.accesses(rest, kind) if size == 16] == expected[kind]
     *_, taught = re.split(r"st\.global\.v4", ptx["spread"])
-    assert "bar.sync" in taught[: taught.index("st.global")]  # no thread overtakes another's part of the row
-    assert ("cvt.rn.bf16x2.f32" in ptx["spread"]) == (dtype == "bfloat16")  # to nearest, which the interpreter cannot
+    assert "bar.sync" in taught[: taught.index("st.global")]  # no thread may overtake another's part of the row
+    assert ("cvt.rn.bf16x2.f32" in ptx["spread"]) == (dtype == "bfloat16")  # rounds to nearest, unlike the interpreter
 
 
 def assert_no_spills(ptx: str) -> None:
@@ -77,8 +77,8 @@ def assert_no_spills(ptx: str) -> None:
 
 
 @needs_triton
-def test_no_pass_forward_where_no_term_asks_for_it() -> None:
-    """Renormalised KD alone: the taught logits are read, and the gradient is written, mostly zeros."""
+def test_no_pass_forward_unless_a_term_needs_it() -> None:
+    """Renormalised KD alone reads the taught logits only, and writes a gradient of mostly zeros."""
     mesh = h100s(1, 1)
     ptx = compiled(loss_and_gradient(), mesh, *arguments(mesh, 128256, "bfloat16", 64)).ptx
     assert max(aot.accesses(ptx["sweep"])) < 16
@@ -90,7 +90,7 @@ def test_no_pass_forward_where_no_term_asks_for_it() -> None:
 @needs_triton
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_vocabulary_parallel(check_vma: bool) -> None:
-    """On its own shard of positions and vocabulary each GPU makes the same three passes, padded columns or not."""
+    """Each GPU makes the same three passes over its shard of positions and vocabulary, even with padded columns."""
     v, mesh = 128256, h100s(2, 4)
     gradient = loss_and_gradient(axis_name="tensor", vocab_size=v - 3, **EVERYTHING)
 
@@ -111,7 +111,7 @@ def test_vocabulary_parallel(check_vma: bool) -> None:
 @needs_triton
 @pytest.mark.parametrize(("gpu", "capability"), [("a100", 80), ("h100", 90), ("h200", 90), ("b200", 100)])
 def test_compute_capability(gpu: str, capability: int) -> None:
-    """Kernels are made for the GPUs of the mesh in context, which need not be here."""
+    """Kernels are compiled for the GPUs of the mesh in context, which this machine need not have."""
     kernels = importlib.import_module("kdjax.losses.rows.triton")
     with jax.set_mesh(jax.sharding.Mesh(np.array(topology(gpu, 1).devices), ("x",))):
         assert kernels._compute_capability() == capability

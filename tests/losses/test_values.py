@@ -1,4 +1,4 @@
-"""Values and gradients of every implementation: against float64 formulas, and against NeMo-Aligner's own."""
+"""Values and gradients of every implementation, against float64 formulas and against NeMo-Aligner's results."""
 
 import pathlib
 from typing import Any
@@ -30,12 +30,12 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 SHAPES = [(1, 1, 2, 1), (2, 3, 97, 13), (3, 1, 7, 7), (1, 3, 1031, 101), (2, 2, 4, 3), (1, 5, 31, 5), (1, 2, 4099, 1)]
 TRAITS: list[dict[str, Any]] = [{}, {"duplicates": True}, {"absent": True}, {"offset": 1000.0}, {"offset": -1000.0}]
-GRID = [
+GRID = [  # kernels, which are slow to interpret, take one dtype of each setting; test_pallas.py has more of them
     pytest.param(name, settings, SHAPES[(i + 4 * j) % 7], dtype, TRAITS[(i + 2 * j) % 5], id=f"{i}-{dtype}-{name}")
     for i, settings in enumerate(SETTINGS)
     for j, dtype in enumerate(("float32", ("bfloat16", "float16")[i % 2]))
     for name in IMPLEMENTATIONS
-    if takes(name, settings)
+    if takes(name, settings) and (name != "pallas_interpret" or j == i // 2 % 2)
 ]
 
 
@@ -44,7 +44,7 @@ def test_float64_formulas(
     implementation: str, settings: dict[str, Any], shape: tuple[int, int, int, int], dtype: str, traits: dict[str, Any]
 ) -> None:
     if settings.get("tail") == "ghost" and "duplicates" in traits:
-        traits = {}  # a mass above 1 is clamped at float32's epsilon, where float32 and float64 part
+        traits = {}  # a mass above 1 is clamped; see test_clamped_tail
     numpy_dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     inputs = make_inputs(sum(shape), shape, numpy_dtype, **traits)
     *losses, gradient = oracle(inputs, **settings)
@@ -88,8 +88,10 @@ def test_nemo_aligner(path: pathlib.Path) -> None:
     def close(ours: jax.Array, name: str) -> None:
         np.testing.assert_allclose(ours, golden[name], rtol=1e-5, atol=1e-5 * np.abs(golden[name]).max())
 
-    ways = [(token_mean, "reference"), (token_mean, "xla"), (token_mean, "pallas_interpret"), (linear_mean, "xla")]
-    ways += [(linear_mean, "gathered")] if takes("gathered", settings) else []
+    ways = [(token_mean, "reference"), (token_mean, "xla")]
+    if logits.shape[-1] == 64:  # a larger vocabulary takes the same path through the others
+        ways += [(token_mean, "pallas_interpret"), (linear_mean, "xla")]
+        ways += [(linear_mean, "gathered")] if takes("gathered", settings) else []
     run = jit(lambda z: [jax.value_and_grad(mean, has_aux=True)(z, name) for mean, name in ways])
     for (_, (means, losses)), gradient in run(logits):
         for ours, name in zip(means, ("loss", "kd_loss", "sft_loss"), strict=True):

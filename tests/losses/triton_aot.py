@@ -1,8 +1,8 @@
-"""The loss with the Triton kernels, compiled for H100s on a machine without one, and the PTX that jax-triton makes.
+"""Compiles the loss with the Triton kernels for H100s on a machine without one, and keeps the PTX of the kernels.
 
     JAX_PLATFORMS=cpu python tests/losses/triton_aot.py
 
-prints what `test_losses_triton.py` asserts as a table.
+prints as a table what `test_triton.py` asserts.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ EVERYTHING: dict[str, Any] = {"kd_loss": "jsd", "tail": "ghost", "sft_loss_weigh
 
 
 class Compiled(NamedTuple):
-    """An XLA program, and the PTX of the kernels in it."""
+    """An XLA program and the PTX of its kernels."""
 
     program: Any
     ptx: dict[str, str]
 
 
 def compiled(function: Callable[..., Any], mesh: Any, *arguments: Any) -> Compiled:
-    """The first argument, the logits, is donated, as they die in a training step."""
+    """Returns the function compiled with its first argument donated: logits that nothing needs later."""
     ptx: dict[str, str] = {}
     compile_ttir = jax_triton.triton_lib.compile_ttir_inplace
 
@@ -55,7 +55,7 @@ def compiled(function: Callable[..., Any], mesh: Any, *arguments: Any) -> Compil
 
 @contextlib.contextmanager
 def _not_cached() -> Iterator[None]:
-    """Without JAX's cache on disk, which writes programs for GPUs that are not there but cannot read them."""
+    """Turns off JAX's cache on disk, which writes programs for absent GPUs but cannot read them."""
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
@@ -67,13 +67,13 @@ def _not_cached() -> Iterator[None]:
 
 
 def h100s(data: int, tensor: int) -> Any:
-    """A mesh of as many."""
+    """Returns a mesh of data * tensor H100s."""
     devices = np.array(topology("h100", data * tensor).devices).reshape(data, tensor)
     return jax.sharding.Mesh(devices, ("data", "tensor"))
 
 
 def arguments(mesh: Any, v: int, dtype: str, k: int) -> list[jax.ShapeDtypeStruct]:
-    """Of N positions: logits, the teacher's top-k, labels, and the teacher's logsumexp, split over the mesh."""
+    """Returns the shapes of logits, top-k, labels and teacher's logsumexp of N positions, split over the mesh."""
 
     def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
         sharding = jax.sharding.NamedSharding(mesh, P("data", None, *axes))
@@ -90,7 +90,7 @@ def arguments(mesh: Any, v: int, dtype: str, k: int) -> list[jax.ShapeDtypeStruc
 
 
 def loss_and_gradient(**settings: Any) -> Callable[..., Any]:
-    """The summed loss and its derivative by the logits, of `arguments`."""
+    """Returns a function of `arguments` for the summed loss and its derivative by the logits."""
 
     def total(
         logits: jax.Array, topk_logits: jax.Array, ids: jax.Array, labels: jax.Array, lse: jax.Array
@@ -102,7 +102,7 @@ def loss_and_gradient(**settings: Any) -> Callable[..., Any]:
 
 
 def row_loop(ptx: str) -> tuple[str, str]:
-    """The loop with the most bytes, which is that over the row; and everything else."""
+    """Returns the loop over the row, which is the one that moves the most bytes, and everything else."""
     loops = [(0, 0)]
     for branch in re.finditer(r"@%p\d+ bra\s+(\$L\w+);", ptx):
         start = ptx.find(f"\n{branch[1]}:", 0, branch.start())
@@ -112,7 +112,7 @@ def row_loop(ptx: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     print("| V | logits | K | kernel | registers | spills | loop: loads, stores | after it | reads [N, V] | writes |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     mesh = h100s(1, 1)

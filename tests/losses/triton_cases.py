@@ -1,4 +1,4 @@
-"""What `test_losses_triton.py` runs in a process of its own: the Triton kernels' numbers, on a CPU."""
+"""The numbers of the Triton kernels on a CPU; `test_triton.py` runs this file in a process of its own."""
 
 import collections
 from typing import Any
@@ -16,15 +16,15 @@ from triton_on_cpu import Memory, interpret
 
 from kdjax.losses.dispatch import LossCall
 from kdjax.losses.objective import Objective, Supervision, supervise
+from kdjax.losses.rows import Rows, triton_kernels, xla
 from kdjax.losses.rows import triton as kernels
-from kdjax.losses.rows import triton_kernels, xla
 from kdjax.losses.token_losses import token_losses
 from kdjax.losses.vocabulary import Vocabulary
 
-# NumPy tells of the infinities that kernels compute and drop.
+# NumPy warns of infinities that the kernels compute and then drop.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-jax.config.update("jax_cpu_enable_async_dispatch", False)  # a program and its callback could wait for each other
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # a program and its callback could deadlock
 
 DTYPES = ("float32", "bfloat16", "float16")
 SETTINGS: list[dict[str, Any]] = [
@@ -50,15 +50,15 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16 float32 logits, so that few have many."""
+    """Makes blocks of 16 float32 logits, so that small rows have many blocks."""
     monkeypatch.setattr(kernels, "READ_BYTES", 16)
     monkeypatch.setattr(kernels, "BLOCK", 16)
 
 
 def losses_and_gradient(inputs: Inputs, settings: dict[str, Any]) -> tuple[Any, jax.Array]:
-    """(loss, kd, sft) of each position, and the gradient of their weighted sum."""
+    """Returns (loss, kd, sft) of each position and the gradient of the weighted sum of the losses."""
     objective = Objective(**settings)
-    supervision = supervise(objective, *inputs.teaching, inputs.log_sum_exp_logits)
+    supervision = supervise(objective, Supervision(*inputs.teaching, inputs.log_sum_exp_logits))
     call = LossCall(objective, Vocabulary(inputs.logits.shape[-1]), "triton")
     weight = jnp.asarray(inputs.weight)
 
@@ -71,14 +71,14 @@ def losses_and_gradient(inputs: Inputs, settings: dict[str, Any]) -> tuple[Any, 
 
 
 def check(inputs: Inputs, settings: dict[str, Any]) -> None:
-    """Against the oracle; what is masked holds NaN and has no gradient at all."""
+    """Compares with the oracle; masked positions hold NaN and have a gradient of exactly 0."""
     *truth, gradient = oracle(inputs, **settings)
     masked = inputs.weight == 0
     inputs.logits[masked] = np.nan
     losses, our_gradient = losses_and_gradient(inputs, settings)
     dtype = inputs.logits.dtype.name
     for ours, true in zip(losses, truth, strict=True):
-        # Of the rounded logits, and computed in float32 whatever their dtype.
+        # The truth is that of the rounded logits, and the losses are computed in float32 whatever the dtype.
         np.testing.assert_allclose(np.where(masked, 0, ours), np.where(masked, 0, true), rtol=1e-5, atol=1e-5)
     assert our_gradient.dtype == inputs.logits.dtype
     assert_close(our_gradient, gradient * inputs.weight[..., None], dtype)
@@ -89,7 +89,7 @@ def check(inputs: Inputs, settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())))
 def test_settings(settings: dict[str, Any], traits: dict[str, Any]) -> None:
     if settings.get("tail") == "ghost" and "duplicates" in traits:
-        traits = {}  # a mass above 1 is clamped at float32's epsilon, where float32 and float64 part
+        traits = {}  # a mass above 1 is clamped; see test_clamped_tail
     i = SETTINGS.index(settings) + TRAITS.index(traits)
     check(make_inputs(i, (1, 5, 61, 7), getattr(ml_dtypes, DTYPES[i % 3], DTYPES[i % 3]), **traits), settings)
 
@@ -100,77 +100,76 @@ def test_vocabularies(v: int, k: int) -> None:
 
 
 def test_as_many_entries_as_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "PAIRS", 1 << 20)  # for the interpreter, which is slow by the operation
+    monkeypatch.setattr(kernels, "PAIRS", 1 << 20)  # fewer operations, for the interpreter
     check(make_inputs(0, (1, 1, 4099, 4099)), {"kd_loss": "bwd_kl", "sft_loss_weight": 0.4})
 
 
 @pytest.mark.parametrize("v", [61, 64, 16])
 @pytest.mark.parametrize("settings", [EVERYTHING, {}])
 def test_many_blocks(v: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the vocabulary, with and without a ragged one, and of the taught columns."""
+    """Many blocks of the vocabulary, with and without a ragged one, and of the taught columns."""
     shrink(monkeypatch)
     monkeypatch.setattr(kernels, "PAIRS", 64)
     check(make_inputs(v, (2, 3, v, 13), duplicates=not settings, absent=True), settings)
 
 
-def problem(rows: int, v: int, k: int, settings: dict[str, Any], dtype: Any = "float32") -> Any:
-    """(objective, logits, columns, supervision) of float `rows`; entries and label mostly among the columns."""
-    inputs = make_inputs(v, (1, rows, v, k), dtype)
+def problem(n: int, v: int, k: int, settings: dict[str, Any], dtype: Any = "float32") -> Any:
+    """Returns (objective, n rows, supervision); one row has no taught columns."""
+    inputs = make_inputs(v, (1, n, v, k), dtype)
     objective = Objective(**settings)
     supervision = Supervision(*(jnp.asarray(x[0]) for x in (*inputs.teaching, inputs.log_sum_exp_logits)))
     columns = jnp.concatenate([supervision.topk_token_ids, supervision.labels[:, None]], axis=-1)
-    return objective, jnp.asarray(inputs.logits[0]), columns.at[1].set(v), supervision
+    return objective, Rows(jnp.asarray(inputs.logits[0]), columns.at[1].set(v)), supervision
 
 
 def test_picks_as_xla_does() -> None:
-    """The same bits where nothing is computed; NaN where there is no column; and nothing that was not asked for."""
-    objective, logits, columns, supervision = problem(7, 61, 5, EVERYTHING)
-    theirs = xla.sweep(objective, logits, columns, log_sum=True)[0]
-    ours, kd, _ = kernels.sweep(objective, logits, columns, log_sum=True)
+    """Picked logits are bit-identical, NaN where there is no column; the rest is None unless asked for."""
+    objective, rows, supervision = problem(7, 61, 5, EVERYTHING)
+    theirs = xla.sweep(objective, rows, log_sum=True).picked
+    ours, kd, _ = kernels.sweep(objective, rows, log_sum=True)
     assert kd is None
     assert np.isnan(ours.topk[1]).all()
     assert np.isnan(ours.label[1])
     for mine, its in zip(ours[:3], theirs[:3], strict=True):
         np.testing.assert_array_equal(mine, its)
     np.testing.assert_allclose(ours.log_sum, theirs.log_sum, rtol=1e-6)
-    ours, kd, _ = kernels.sweep(Objective(), logits, columns, log_sum=False, supervision=supervision)
+    ours, kd, _ = kernels.sweep(Objective(), rows, log_sum=False, supervision=supervision)
     np.testing.assert_array_equal(ours.topk, theirs.topk)
     assert kd is not None
     assert ours.row_max is None
     assert ours.log_sum is None
 
 
-@pytest.mark.parametrize("width", [0, 1, 40, 61])
+@pytest.mark.parametrize("n_valid", [0, 1, 40, 61])
 @pytest.mark.parametrize("small", [False, True])
-def test_width(width: int, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding enters no maximum and no sum, whatever it holds, and has no gradient."""
+def test_padding(n_valid: int, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding affects no maximum and no sum, whatever it holds, and has no gradient."""
     if small:
         shrink(monkeypatch)
-    objective, logits, columns, supervision = problem(7, 61, 5, EVERYTHING)
-    columns = jnp.where(columns < width, columns, 61)
-    padded = logits.at[:, width:].set(1e30)
-    ours, *_ = kernels.sweep(objective, padded, columns, log_sum=True, width=jnp.asarray(width))
-    if width == 0:
+    objective, (logits, columns, _), supervision = problem(7, 61, 5, EVERYTHING)
+    columns = jnp.where(columns < n_valid, columns, 61)
+    padded = Rows(logits.at[:, n_valid:].set(1e30), columns, jnp.asarray(n_valid))
+    ours = kernels.sweep(objective, padded, log_sum=True).picked
+    if n_valid == 0:
         np.testing.assert_array_equal(ours.row_max, -np.inf)
         np.testing.assert_array_equal(ours.log_sum, -np.inf)
-        ours = ours._replace(row_max=jnp.full(7, 3.0), log_sum=jnp.full(7, 2.0))  # of the other shards
+        ours = ours._replace(row_max=jnp.full(7, 3.0), log_sum=jnp.full(7, 2.0))  # as if from the other shards
     else:
-        theirs = kernels.sweep(objective, logits[:, :width], jnp.minimum(columns, width), log_sum=True)[0]
+        valid = Rows(logits[:, :n_valid], jnp.minimum(columns, n_valid))
+        theirs = kernels.sweep(objective, valid, log_sum=True).picked
         for mine, its in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(mine, its, rtol=1e-6)
     ones = jnp.ones(7)
-    ct = kernels.spread(
-        objective, padded, columns, ours, supervision, ones, ones, dtype=jnp.float32, width=jnp.asarray(width)
-    )
-    np.testing.assert_array_equal(ct[:, width:], 0)
-    truth = xla.spread(objective, logits, columns, ours, supervision, ones, ones, dtype=jnp.float32)
-    np.testing.assert_allclose(ct[:, :width], truth[:, :width], rtol=1e-5, atol=1e-6)
+    ct = kernels.spread(objective, padded, ours, supervision, ones, ones, dtype=jnp.float32)
+    np.testing.assert_array_equal(ct[:, n_valid:], 0)
+    truth = xla.spread(objective, Rows(logits, columns), ours, supervision, ones, ones, dtype=jnp.float32)
+    np.testing.assert_allclose(ct[:, :n_valid], truth[:, :n_valid], rtol=1e-5, atol=1e-6)
 
 
 def test_rows_without_a_finite_logit() -> None:
-    objective, logits, columns, _ = problem(3, 17, 4, EVERYTHING)
-    logits = logits.at[1].set(-jnp.inf).at[2, :5].set(-jnp.inf)
-    picked = kernels.sweep(objective, logits, columns, log_sum=True)[0]
+    objective, rows, _ = problem(3, 17, 4, EVERYTHING)
+    logits = rows.logits.at[1].set(-jnp.inf).at[2, :5].set(-jnp.inf)
+    picked = kernels.sweep(objective, rows._replace(logits=logits), log_sum=True).picked
     assert picked.row_max is not None
     assert picked.log_sum is not None
     assert (picked.row_max[1], picked.log_sum[1]) == (-np.inf, -np.inf)
@@ -180,7 +179,7 @@ def test_rows_without_a_finite_logit() -> None:
 
 
 def test_impossible_tokens() -> None:
-    """Logits of -inf outside of what is taught: probability 0, gradient 0."""
+    """Untaught logits of -inf have probability 0 and gradient 0."""
     inputs = make_inputs(5, (1, 5, 61, 4), "float32")
     for z, ids, label in zip(inputs.logits[0], inputs.topk_token_ids[0], inputs.labels[0], strict=True):
         z[[column for column in range(61) if column % 3 == 0 and column not in (*ids, label)]] = -np.inf
@@ -188,20 +187,20 @@ def test_impossible_tokens() -> None:
 
 
 def test_gradient_dtype() -> None:
-    """float32 logits of a float16 model: the gradient is rounded once, from float32."""
-    objective, logits, columns, supervision = problem(5, 61, 4, EVERYTHING)
-    picked = kernels.sweep(objective, logits, columns, log_sum=True)[0]
+    """The float16 gradient of float32 logits is rounded once, from float32."""
+    objective, rows, supervision = problem(5, 61, 4, EVERYTHING)
+    picked = kernels.sweep(objective, rows, log_sum=True).picked
     ones = jnp.ones(5)
     narrow, wide = (
-        kernels.spread(objective, logits, columns, picked, supervision, ones, ones, dtype=dtype)
+        kernels.spread(objective, rows, picked, supervision, ones, ones, dtype=dtype)
         for dtype in (jnp.float16, jnp.float32)
     )
     np.testing.assert_array_equal(narrow, wide.astype(jnp.float16))
 
 
 def test_vmap() -> None:
-    """The rows of a vmapped axis are more rows, whichever of the arguments have it."""
-    objective, logits, _, supervision = problem(6, 61, 5, EVERYTHING)
+    """A vmapped axis becomes more rows, whichever arguments have it."""
+    objective, (logits, *_), supervision = problem(6, 61, 5, EVERYTHING)
     call = LossCall(objective, Vocabulary(61), "triton")
 
     @jax.jit
@@ -218,7 +217,7 @@ def test_vmap() -> None:
 
 
 class Traffic:
-    """Triton's interpreter's memory, counting elements by dtype."""
+    """The memory of Triton's interpreter, counting the elements loaded and stored by dtype."""
 
     def __init__(self, memory: Any) -> None:
         self.memory, self.loads, self.stores = memory, collections.Counter(), collections.Counter()
@@ -234,36 +233,36 @@ class Traffic:
 
 @pytest.mark.parametrize("small", [False, True])
 def test_three_passes(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward each logit is read once, backward read once and written once; and no more than the taught beside."""
+    """Each logit is read once forward, read and written once backward; otherwise only taught logits are touched."""
     traffic = Traffic(interpreter._interpreter)
     monkeypatch.setattr(interpreter, "_interpreter", traffic)
     if small:
         shrink(monkeypatch)
     n, v, k = 7, 61, 5
-    objective, logits, columns, supervision = problem(n, v, k, EVERYTHING, "float16")
+    objective, rows, supervision = problem(n, v, k, EVERYTHING, "float16")
     taught = (n - 1) * (k + 1)  # one row is taught no column
-    picked = kernels.sweep(objective, logits, columns, log_sum=True, supervision=supervision)[0]
+    picked = kernels.sweep(objective, rows, log_sum=True, supervision=supervision).picked
     assert traffic.loads["float16"] == n * v + taught
     assert traffic.stores["float16"] == 0
 
     traffic.loads.clear()
     ct = jnp.arange(n) % 2.0  # three of seven rows have a cotangent
-    arguments = objective, logits, columns, picked, supervision, ct, ct
+    arguments = objective, rows, picked, supervision, ct, ct
     jax.block_until_ready(kernels.spread(*arguments, dtype=jnp.float16))
     assert traffic.loads["float16"] == 3 * v
     assert traffic.stores["float16"] == n * v + taught
 
 
-def test_no_pass_where_no_term_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Renormalised KD alone reads the taught logits forward, none backward."""
+def test_no_pass_unless_a_term_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renormalised KD alone reads the taught logits forward and no logits backward."""
     traffic = Traffic(interpreter._interpreter)
     monkeypatch.setattr(interpreter, "_interpreter", traffic)
-    objective, logits, columns, supervision = problem(7, 61, 5, {}, "float16")
-    picked, *_ = kernels.sweep(objective, logits, columns, log_sum=False, supervision=supervision)
+    objective, rows, supervision = problem(7, 61, 5, {}, "float16")
+    picked = kernels.sweep(objective, rows, log_sum=False, supervision=supervision).picked
     jax.block_until_ready(picked.topk)
     assert traffic.loads["float16"] == 6 * 6
     ones = jnp.ones(7)
-    arguments = objective, logits, columns, picked, supervision, ones, 0 * ones
+    arguments = objective, rows, picked, supervision, ones, 0 * ones
     jax.block_until_ready(kernels.spread(*arguments, dtype=jnp.float16))
     assert traffic.loads["float16"] == 6 * 6
 
@@ -275,7 +274,7 @@ def _log1mexp(x, y, N: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 def test_log1mexp() -> None:
-    """To a few units in float32's last place, from the smallest argument there is to where the result underflows."""
+    """Accurate to a few units in the last place, from the smallest argument to where the result underflows."""
     x = -np.geomspace(2.0**-23, 80, 4096).astype(np.float32)
     y = np.zeros_like(x)
     _log1mexp[(1,)](*map(Memory, (x, y)), N=4096)

@@ -1,6 +1,6 @@
-"""`jax_triton.triton_call` on a machine without a GPU: Triton's interpreter, on NumPy arrays instead of torch tensors.
+"""Runs `jax_triton.triton_call` without a GPU: in Triton's interpreter, on NumPy arrays instead of torch tensors.
 
-`TRITON_INTERPRET=1` has to be in the environment when triton is imported.
+`TRITON_INTERPRET=1` must be in the environment when triton is imported.
 """
 
 from typing import Any
@@ -15,12 +15,12 @@ TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32
 
 
 def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have jax-triton call Triton's interpreter."""
+    """Makes jax-triton call Triton's interpreter."""
     monkeypatch.setattr(jax_triton, "triton_call", _triton_call)
     patch = interpreter._patch_lang_tensor
 
     def patch_with_index(tensor: Any, scope: Any) -> None:
-        """As of Triton 3.9: before, int() is asked of an array [1] for a loop's bound, which NumPy 2.4 refuses."""
+        """Lets an array [1] bound a loop, as Triton 3.9 does; before, int() was called on it, which NumPy rejects."""
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
@@ -28,7 +28,7 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Memory:
-    """What the interpreter asks of a torch tensor, of a NumPy array: it reads and writes through the address."""
+    """A NumPy array with the part of a torch tensor's interface that the interpreter uses to read and write memory."""
 
     def __init__(self, array: np.ndarray) -> None:
         assert array.flags.c_contiguous
@@ -38,7 +38,7 @@ class Memory:
         return self.array.ctypes.data
 
     def itself(self, *_: Any, **__: Any) -> "Memory":
-        """Stands for the copies to and from the host, where the array is already."""
+        """Stands in for copies to and from the host, where the array already is."""
         return self
 
     untyped_storage = cpu = new_empty = set_ = storage_offset = size = stride = copy_ = itself
@@ -55,7 +55,7 @@ def _triton_call(
     compute_capability: int,
     **settings: Any,
 ) -> list[jax.Array]:
-    """Each program of the grid in turn, one NumPy operation an instruction. Outputs start as garbage."""
+    """Runs the programs of the grid in turn, one NumPy operation per instruction. Outputs start as garbage."""
 
     def run(*inputs: Any) -> list[np.ndarray]:
         inputs = [np.array(x) for x in inputs]

@@ -1,1 +1,1 @@
-"""The loss from hidden states, chunk by chunk, without holding the logits."""
+"""The loss from hidden states and the unembedding, chunk by chunk, without holding the logits."""

@@ -1,75 +1,76 @@
-"""A chunk's losses and gradients by way of its logits, which exist until its gradients are made: three matmuls."""
+"""The losses and gradients of a chunk of positions by way of its logits, which exist until the gradients are made.
 
-from typing import Any, NamedTuple
+The letter C counts the positions of the chunk.
+"""
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from kdjax.losses.closed_form import Picked, evaluate
-from kdjax.losses.dispatch import LossCall, rows
-from kdjax.losses.fused.chunk import Chunk, weigh
-from kdjax.losses.objective import LossSums, Objective, Supervision
-from kdjax.losses.vocabulary import join, taught_columns
+from kdjax.losses.closed_form import Losses, Picked, evaluate
+from kdjax.losses.dispatch import LossCall
+from kdjax.losses.objective import Objective, Supervision, computation_dtype
+from kdjax.losses.rows import Exponentials, Rows
+from kdjax.losses.vocabulary import join, taught_rows
 
 
 class Residuals(NamedTuple):
-    """What the gradients of a chunk are made of."""
+    """What the gradients of a chunk are computed from, beside its arguments."""
 
-    hidden: Float[Array, "C D"]
-    logits: Float[Array, "C W"]
-    columns: Int[Array, "C K+1"]
+    rows: Rows
     picked: Picked
-    cache: Any  # what the sweep left for the spread
+    exponentials: Exponentials | None
 
 
-def evaluate_chunk(call: LossCall, chunk: Chunk, unembed_WxD: Float[Array, "W D"]) -> tuple[LossSums, Residuals]:
-    """The chunk's sums, from the logits of this shard of the vocabulary."""
-    objective, vocabulary, columns_here = call.objective, call.vocabulary, unembed_WxD.shape[0]
-    supervision = chunk.supervision
-    hidden = chunk.operand(unembed_WxD.dtype)
-    logits = jnp.einsum("CD,WD->CW", hidden, unembed_WxD, preferred_element_type=chunk.weight.dtype)
-    columns = taught_columns(objective, vocabulary, logits, supervision)
-    picked, kd, cache = rows(call.implementation).sweep(
-        objective,
-        logits,
-        columns,
-        log_sum=True,
-        width=vocabulary.width(columns_here),
-        supervision=None if vocabulary.axis_names else supervision,
-        store=True,
-    )
-    picked, columns = join(objective, vocabulary, picked, columns, supervision, columns_here)
+def evaluate_chunk(
+    call: LossCall, hidden_CxD: Float[Array, "C D"], unembed_WxD: Float[Array, "W D"], supervision: Supervision
+) -> tuple[Losses, tuple[Float[Array, "C"], Float[Array, "C"]], Residuals]:
+    """Returns the losses of each position, its top-1 agreement and student mass on the top-k, and the residuals."""
+    objective, vocabulary = call.objective, call.vocabulary
+    dtype = computation_dtype(hidden_CxD)
+    logits_CxW = jnp.einsum("CD,WD->CW", hidden_CxD, unembed_WxD, preferred_element_type=dtype)
+    rows = taught_rows(objective, vocabulary, logits_CxW, supervision)
+    whole = None if vocabulary.axis_names else supervision
+    picked, kd, exponentials = call.kernels.sweep(objective, rows, log_sum=True, supervision=whole, store=True)
+    picked, rows = join(objective, vocabulary, picked, rows, supervision)
     losses = evaluate(objective, picked, supervision, kd)
-    sums = weigh(chunk, losses, *_agreement(objective, picked, supervision))
-    return sums, Residuals(hidden, logits, columns, picked, cache)
+    return losses, _agreement(objective, picked, supervision), Residuals(rows, picked, exponentials)
 
 
 def differentiate_chunk(
-    call: LossCall, chunk: Chunk, unembed_WxD: Float[Array, "W D"], made: Residuals, unembed_ct: Float[Array, "W D"]
+    call: LossCall,
+    hidden_CxD: Float[Array, "C D"],
+    unembed_WxD: Float[Array, "W D"],
+    supervision: Supervision,
+    residuals: Residuals,
+    loss_ct: Float[Array, "C"],
+    unembed_ct: Float[Array, "W D"],
 ) -> tuple[Float[Array, "C D"], Float[Array, "W D"]]:
-    """The hidden states' gradient of the chunk's loss sum, this shard's part of it, and `unembed_ct` with its own."""
+    """Returns this shard's part of the hidden states' gradient, and `unembed_ct` plus the unembedding's gradient.
+
+    Both are gradients of the chunk's losses weighted by `loss_ct`, in its dtype.
+    """
     objective = call.objective
-    logits_ct = rows(call.implementation).spread(
+    logits_ct = call.kernels.spread(
         objective,
-        made.logits,
-        made.columns,
-        made.picked,
-        chunk.supervision,
-        objective.kd_loss_weight * chunk.weight,
-        objective.sft_loss_weight * chunk.weight,
+        residuals.rows,
+        residuals.picked,
+        supervision,
+        objective.kd_loss_weight * loss_ct,
+        objective.sft_loss_weight * loss_ct,
         dtype=unembed_WxD.dtype,
-        width=call.vocabulary.width(unembed_WxD.shape[0]),
-        cache=made.cache,
+        exponentials=residuals.exponentials,
     )
-    dtype = chunk.weight.dtype
+    dtype = loss_ct.dtype
     hidden_ct = jnp.einsum("CW,WD->CD", logits_ct, unembed_WxD, preferred_element_type=dtype)
-    return hidden_ct, unembed_ct + jnp.einsum("CW,CD->WD", logits_ct, made.hidden, preferred_element_type=dtype)
+    return hidden_ct, unembed_ct + jnp.einsum("CW,CD->WD", logits_ct, hidden_CxD, preferred_element_type=dtype)
 
 
 def _agreement(
     objective: Objective, picked: Picked, supervision: Supervision
 ) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
-    """Whether the student's largest logit is at the teacher's first id; the student's mass on the K ids."""
+    """Returns whether the student's largest logit is at the teacher's first id, and its mass on the K ids."""
     assert picked.row_max is not None
     assert picked.log_sum is not None
     if objective.rank_match:

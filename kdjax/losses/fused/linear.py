@@ -1,41 +1,66 @@
-"""The unembedding and the loss in one, chunk of tokens by chunk of tokens: the logits [B, T, V] never exist.
+"""The unembedding and the loss in one, chunk by chunk of positions: the logits [B, T, V] never exist.
 
-A chunk's logits are gone once its gradients are made, in the forward pass already: three matmuls in all, not
-the four of recomputing the logits backwards. That is possible because the result is a sum, whose one scalar
-cotangent can be multiplied in afterwards; so the per-token weights come in as `loss_mask`.
-Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989) does the same for labels.
+The gradients of a chunk are computed in the forward pass, while its logits exist: three matmuls in all, instead of four
+with the logits recomputed in the backward pass. This works because the result is a sum, so that its one scalar
+cotangent can be multiplied in afterwards; it is why the weights of the positions come in as `loss_mask`. Liger-Kernel's
+fused linear cross-entropy (arXiv:2410.10989) does the same for labels.
 
-What happens to one chunk is the business of `dense.py` (all logits) or `gathered.py` (K of them).
+`dense.py` (all logits) and `gathered.py` (K of them) compute one chunk.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from kdjax.losses.closed_form import Losses
 from kdjax.losses.dispatch import LossCall
 from kdjax.losses.fused import dense, gathered
-from kdjax.losses.fused.chunk import Chunk, split
 from kdjax.losses.objective import LossSums, Supervision, computation_dtype
 from kdjax.losses.platform import platform, varying, zeros
 
-# A chunk's logits take 4 C V bytes, and every chunk reads and writes the unembedding's gradient once. On two
-# cores, N = 1024, V = 49152, D = 128, float32, 128 was both the fastest and smaller than what came next:
-# C = 64 687 ms, 36 MiB; 128 608 ms, 48 MiB; 256 680 ms, 97 MiB; 512 709 ms, 193 MiB; all at once, by JAX's
-# own differentiation, 741 ms, 576 MiB. An accelerator needs more rows to be worth that traffic:
-# 2048 keep its 12 V D bytes to a quarter of the 6 C V D operations' time on an H100 (arithmetic, not measured).
+# A chunk's logits take 4 C V bytes, and every chunk reads and writes the unembedding's gradient once. On two cores,
+# N = 1024, V = 49152, D = 128, float32, C = 128 was fastest: C = 64 687 ms, 36 MiB; 128 608 ms, 48 MiB; 256 680 ms,
+# 97 MiB; 512 709 ms, 193 MiB; all at once, differentiated by JAX, 741 ms, 576 MiB. An accelerator needs more rows to
+# be worth that traffic: 2048 keep its 12 V D bytes to a quarter of the time of the 6 C V D operations on an H100
+# (arithmetic, not measured).
 DENSE_CHUNK_TOKENS = {"cpu": 128}
 DENSE_CHUNK_TOKENS_ELSEWHERE = 2048
 
-# A chunk's gathered rows take C K D elements and are read again for the gradients, the sooner the better: on two
-# cores, N = 1024, V = 32768, D = 512, K = 64, C = 16 took 42 ms and 2 MiB, 32 40 ms and 4 MiB, 128 45 ms and 17 MiB,
-# 256 62 ms and 33 MiB. 256 keep an accelerator's rows to 128 MiB at K = 64, D = 4096 in bfloat16.
+# A chunk's gathered rows take C K D elements and are read again for the gradients, soon if the chunk is small. On two
+# cores, N = 1024, V = 32768, D = 512, K = 64: C = 16 42 ms, 2 MiB; 32 40 ms, 4 MiB; 128 45 ms, 17 MiB; 256 62 ms,
+# 33 MiB. 256 keep an accelerator's rows to 128 MiB at K = 64, D = 4096 in bfloat16.
 GATHERED_CHUNK_TOKENS = {"cpu": 32}
 GATHERED_CHUNK_TOKENS_ELSEWHERE = 256
+
+
+class Chunk(NamedTuple):
+    """C positions, or n chunks of C positions under a leading axis."""
+
+    hidden: Float[Array, "*n C D"]
+    weight: Float[Array, "*n C"]  # in the computation dtype
+    supervision: Supervision
+
+    @property
+    def masked(self) -> Bool[Array, "*n C"]:
+        """Whether each position has weight 0; it may then hold anything, even NaN."""
+        return jnp.equal(self.weight, 0)
+
+    def operand(self, dtype: jnp.dtype) -> Float[Array, "*n C D"]:
+        """Returns the hidden states for the matmuls: in `dtype`, 0 where masked."""
+        return jnp.where(self.masked[..., None], 0, self.hidden).astype(dtype)
+
+    def sums(
+        self, losses: Losses, metrics: tuple[Float[Array, "C"], Float[Array, "C"]] | tuple[None, None]
+    ) -> LossSums:
+        """Returns the sums over the chunk, weighted; a masked position adds nothing, whatever it holds."""
+        terms = LossSums(*losses, jnp.ones_like(self.weight), *metrics)
+        return jax.tree.map(lambda term: jnp.where(self.masked, 0, self.weight * term).sum(), terms)
 
 
 def linear_losses(
@@ -46,25 +71,36 @@ def linear_losses(
     loss_mask: Float[Array, "B T"],
     chunk_tokens: int | None = None,
 ) -> LossSums:
-    """The sums over all positions, by `lax.scan` over chunks of at most `chunk_tokens` of them.
+    """Returns the sums over all positions, by `lax.scan` over chunks of at most `chunk_tokens` of them.
 
-    The gradient takes, beside its results, about [W, D] and one chunk's logits [C, W] in float32; gathered,
+    The gradient needs, beside its results, about [W, D] and one chunk's logits [C, W] in float32; on the gathered path,
     [W, D] and the chunk's rows [C, K, D].
     """
-    chunk_tokens = _chunk_tokens(call) if chunk_tokens is None else chunk_tokens
+    if chunk_tokens is None and _path(call) is gathered:
+        chunk_tokens = GATHERED_CHUNK_TOKENS.get(platform(), GATHERED_CHUNK_TOKENS_ELSEWHERE)
+    elif chunk_tokens is None:
+        chunk_tokens = DENSE_CHUNK_TOKENS.get(platform(), DENSE_CHUNK_TOKENS_ELSEWHERE)
     weight = loss_mask.astype(computation_dtype(hidden, unembed))
-    chunks = split(hidden, weight, supervision, chunk_tokens)
+    chunks = _split(Chunk(hidden, weight, supervision), chunk_tokens)
     return _sums(call, chunks.hidden, unembed, chunks.weight, chunks.supervision)
+
+
+def _split(positions: Chunk, chunk_tokens: int) -> Chunk:
+    """Returns positions [B, T] as n even chunks of at most `chunk_tokens`, padded by less than one token per chunk."""
+    tokens = positions.weight.size
+    n = max(1, math.ceil(tokens / chunk_tokens))
+    c = math.ceil(tokens / n)
+
+    def chunked(x: Array) -> Array:
+        x = x.reshape(tokens, *x.shape[2:])
+        x = jnp.pad(x, [(0, n * c - tokens)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(n, c, *x.shape[1:])
+
+    return jax.tree.map(chunked, positions)
 
 
 def _path(call: LossCall) -> ModuleType:
     return gathered if call.implementation == "gathered" else dense
-
-
-def _chunk_tokens(call: LossCall) -> int:
-    if _path(call) is gathered:
-        return GATHERED_CHUNK_TOKENS.get(platform(), GATHERED_CHUNK_TOKENS_ELSEWHERE)
-    return DENSE_CHUNK_TOKENS.get(platform(), DENSE_CHUNK_TOKENS_ELSEWHERE)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -75,19 +111,21 @@ def _sums(
     weight: Float[Array, "n C"],
     supervision: Supervision,
 ) -> LossSums:
-    """Losses only: one matmul."""
+    """Returns the sums without gradients: one matmul."""
     chunks = Chunk(hidden, weight, supervision)
     operand_WxD = _operand(chunks, unembed_WxD)
 
     def evaluate(chunk: Chunk) -> LossSums:
-        return _path(call).evaluate_chunk(call, chunk, operand_WxD)[0]
+        hidden_CxD = chunk.operand(operand_WxD.dtype)
+        losses, metrics, _ = _path(call).evaluate_chunk(call, hidden_CxD, operand_WxD, chunk.supervision)
+        return chunk.sums(losses, metrics)
 
     start = _no_sums(evaluate, chunks)
     return jax.lax.scan(lambda sums, chunk: (_add(sums, evaluate(chunk)), None), start, chunks)[0]
 
 
 class _Gradients(NamedTuple):
-    """Derivatives of the loss sum in the computation dtype; empty arrays carry the types to return."""
+    """Derivatives of the loss sum in the computation dtype; empty arrays carry the types to return them in."""
 
     hidden: Float[Array, "n C D"]
     unembed: Float[Array, "W D"]
@@ -102,15 +140,18 @@ def _sums_and_gradients(
     weight: Float[Array, "n C"],
     supervision: Supervision,
 ) -> tuple[LossSums, _Gradients]:
-    """Losses and both gradients of their weighted sum: three matmuls, accumulated in the computation dtype."""
+    """Returns the sums and both gradients of the loss sum: three matmuls, accumulated in the computation dtype."""
     chunks = Chunk(hidden, weight, supervision)
     operand_WxD = _operand(chunks, unembed_WxD)
     path = _path(call)
 
     def evaluate(unembed_ct: Array, chunk: Chunk) -> tuple[LossSums, Array, Array]:
-        sums, made = path.evaluate_chunk(call, chunk, operand_WxD)
-        hidden_ct, unembed_ct = path.differentiate_chunk(call, chunk, operand_WxD, made, unembed_ct)
-        return sums, unembed_ct, hidden_ct
+        hidden_CxD = chunk.operand(operand_WxD.dtype)
+        losses, metrics, residuals = path.evaluate_chunk(call, hidden_CxD, operand_WxD, chunk.supervision)
+        hidden_ct, unembed_ct = path.differentiate_chunk(
+            call, hidden_CxD, operand_WxD, chunk.supervision, residuals, chunk.weight, unembed_ct
+        )
+        return chunk.sums(losses, metrics), unembed_ct, hidden_ct
 
     def body(carry: tuple[LossSums, Array], chunk: Chunk) -> tuple[tuple[LossSums, Array], Float[Array, "C D"]]:
         sums, unembed_ct, hidden_ct = evaluate(carry[1], chunk)
@@ -125,38 +166,34 @@ def _sums_and_gradients(
 def _scale_gradients(
     call: LossCall, gradients: _Gradients, sums_ct: LossSums
 ) -> tuple[Float[Array, "n C D"], Float[Array, "W D"], None, None]:
-    """The gradients times the loss's cotangent, summed over shards, rounded to the arguments' dtypes at the end."""
-    axes = call.vocabulary.axis_names
-    hidden_ct = _sum_over_copies(sums_ct.loss * gradients.hidden, gradients.like_hidden, axes)
+    """Returns the gradients times the loss's cotangent, summed over shards, rounded to the arguments' dtypes last."""
+    hidden_ct = _sum_over_copies(
+        sums_ct.loss * gradients.hidden, gradients.like_hidden, call.vocabulary.axis_names
+    ).astype(gradients.like_hidden.dtype)
     unembed_ct = _sum_over_copies(sums_ct.loss * gradients.unembed, gradients.like_unembed, ())
-    return (
-        hidden_ct.astype(gradients.like_hidden.dtype),
-        unembed_ct.astype(gradients.like_unembed.dtype),
-        None,
-        None,
-    )
+    return hidden_ct, unembed_ct.astype(gradients.like_unembed.dtype), None, None
 
 
 _sums.defvjp(_sums_and_gradients, _scale_gradients)
 
 
 def _sum_over_copies(cotangent: Array, like: Array, axes: tuple[str, ...]) -> Array:
-    """A cotangent summed over the mesh axes along which its argument is one value: `axes`, at least.
+    """Returns the cotangent summed over the mesh axes along which its argument is one value: `axes` and perhaps more.
 
-    Where `shard_map` checks them (check_vma=True), types say along which axes an argument varies: each copy
-    of one that varies gets its own derivative. Unchecked, hidden states are taken to be the same on all shards.
+    Where `shard_map` checks them (check_vma=True), types say along which axes an argument varies, and each copy of one
+    that varies gets its own derivative. Unchecked, hidden states are taken to be the same on all shards.
     """
     copies = (varying(cotangent) | set(axes)) - varying(like)
     return jax.lax.psum(cotangent, tuple(sorted(copies))) if copies else cotangent
 
 
 def _operand(chunks: Chunk, unembed_WxD: Float[Array, "W D"]) -> Float[Array, "W D"]:
-    """The unembedding in the dtype that the matmuls multiply in: the wider of the two arguments'."""
+    """Returns the unembedding in the dtype that the matmuls multiply in: the wider of the two arguments'."""
     return unembed_WxD.astype(jnp.result_type(chunks.hidden, unembed_WxD))
 
 
 def _no_sums(evaluate: Callable[[Chunk], LossSums], chunks: Chunk) -> LossSums:
-    """The sums over no chunk."""
+    """Returns zero sums of the types that `evaluate` returns."""
     sums = jax.eval_shape(evaluate, jax.tree.map(lambda x: x[0], chunks))
     return jax.tree.map(lambda s: zeros(s.shape, s.dtype, s), sums)
 

@@ -1,8 +1,8 @@
-"""One row of logits on a GPU, in Triton's language: the two kernels of `triton.py`, and `terms.py` restated for them.
+"""The two kernels of `triton.py` for one row of logits, in Triton's language, with `closed_form.py` restated for them.
 
-The settings arrive as an `Objective` that is constant to the compiler, which drops the branches not taken. Letters
-beside the legend's: N rows, a program each; C = K + 1 columns, the label's last; E those padded to a power of two,
-for Triton has no other sizes; J of them at a time; R and L the rows and lanes of the sweep's tile.
+The settings arrive as an `Objective` that is a constant to the compiler, which drops the branches not taken. Letters
+beside the usual ones: N rows, one program each; C = K + 1 columns, the label's last; E the same padded to a power of
+two, because Triton has no other sizes; J of them at a time; R and L the rows and lanes of the sweep's tile.
 """
 
 import math
@@ -14,7 +14,7 @@ from kdjax.losses import reference
 
 ABSENT = tl.constexpr(reference.ABSENT)
 MAX_LOG_MASS = tl.constexpr(reference.MAX_LOG_MASS)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's: a running maximum that -inf can be subtracted from
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's; -inf can be subtracted from it, unlike from -inf
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -22,10 +22,10 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 def sweep(
     logits_NxV,
     columns_NxC,
-    width_N,  # read where PADDED
+    n_valid_N,  # read where PADDED
     t_NxK,  # the teacher's logits, read where TAUGHT
     t_lse_N,  # its logsumexp, read where TAUGHT and for the ghost
-    topk_NxK,  # written, as all from here on
+    topk_NxK,  # written, like all that follow
     label_N,
     row_max_N,  # where LOG_SUM
     log_sum_N,  # where LOG_SUM
@@ -52,10 +52,10 @@ def sweep(
     row_max = 0.0
     log_sum = 0.0
     if LOG_SUM:
-        width = V
+        n_valid = V
         if PADDED:
-            width = tl.load(width_N + row)
-        row_max, log_sum = _row_log_sum(logits_V, width, OBJECTIVE, V, R, L, PADDED)
+            n_valid = tl.load(n_valid_N + row)
+        row_max, log_sum = _row_log_sum(logits_V, n_valid, OBJECTIVE, V, R, L, PADDED)
         tl.store(row_max_N + row, row_max)
         tl.store(log_sum_N + row, log_sum)
     if TAUGHT:
@@ -66,21 +66,21 @@ def sweep(
 
 @triton.jit
 def _row_log_sum(
-    logits_V, width, OBJECTIVE: tl.constexpr, V: tl.constexpr, R: tl.constexpr, L: tl.constexpr, PADDED: tl.constexpr
+    logits_V, n_valid, OBJECTIVE: tl.constexpr, V: tl.constexpr, R: tl.constexpr, L: tl.constexpr, PADDED: tl.constexpr
 ):
-    """The row's maximum m, and log sum_v exp(logits_scale (z_v - m)); -inf and -inf of a row without a finite one."""
+    """Returns the row's maximum m and log sum_v exp(logits_scale (z_v - m)), both -inf if no logit is finite."""
     tile_RxL = tl.arange(0, R)[:, None] * L + tl.arange(0, L)[None, :]
     max_L = tl.full((L,), LOWEST, tl.float32)
     sum_L = tl.zeros((L,), tl.float32)
-    whole = width // (R * L) * (R * L)
+    whole = n_valid // (R * L) * (R * L)
     for start in tl.range(0, whole, R * L):
         z_RxL = tl.load(logits_V + start + tile_RxL).to(tl.float32)
         max_L, sum_L = _absorb(max_L, sum_L, z_RxL, OBJECTIVE)
-    for start in tl.range(whole, width, R * L):  # once, or not at all
+    for start in tl.range(whole, n_valid, R * L):  # once, or not at all
         column_RxL = start + tile_RxL
         z_RxL = tl.load(logits_V + column_RxL, mask=column_RxL < V, other=float("-inf")).to(tl.float32)
-        if PADDED:  # on values: a load masked by a number that is not constant would be two bytes wide
-            z_RxL = tl.where(column_RxL < width, z_RxL, float("-inf"))
+        if PADDED:  # not in the load's mask, where a variable would make the load two bytes wide
+            z_RxL = tl.where(column_RxL < n_valid, z_RxL, float("-inf"))
         max_L, sum_L = _absorb(max_L, sum_L, z_RxL, OBJECTIVE)
     row_max = tl.max(max_L, axis=0)
     row_sum = tl.sum(sum_L * tl.exp2(OBJECTIVE.logits_scale * LOG2_E * (max_L - row_max)), axis=0)
@@ -89,7 +89,7 @@ def _row_log_sum(
 
 @triton.jit
 def _absorb(max_L, sum_L, z_RxL, OBJECTIVE: tl.constexpr):
-    """The lanes' running maxima and sums with R more logits each, which lie in one thread's registers."""
+    """Returns the lanes' running maxima and sums after R more logits each, which lie in one thread's registers."""
     new_L = tl.maximum(max_L, tl.max(z_RxL, axis=0))
     sum_L *= tl.exp2(OBJECTIVE.logits_scale * LOG2_E * (max_L - new_L))
     sum_L += tl.sum(tl.exp2(OBJECTIVE.logits_scale * LOG2_E * (z_RxL - new_L[None, :])), axis=0)
@@ -100,7 +100,7 @@ def _absorb(max_L, sum_L, z_RxL, OBJECTIVE: tl.constexpr):
 def spread(
     logits_NxV,
     columns_NxC,
-    width_N,  # read where PADDED
+    n_valid_N,  # read where PADDED
     t_NxK,
     t_lse_N,  # read for the ghost
     topk_NxK,
@@ -132,19 +132,19 @@ def spread(
     normalisers = _normalisers(t_E, z_E, t_lse_N + row, row_max, log_sum, OBJECTIVE)
     common_slope, slope_sum = _slopes(t_E, z_E, normalisers, OBJECTIVE)
 
-    factor = 0.0  # what each column receives through the log-sum is this times its exponential
+    factor = 0.0  # each column receives this times its exponential through the log-sum
     if OBJECTIVE.needs_log_sum:
         log_sum_ct = sft_ct
         if OBJECTIVE.ghost:
             log_sum_ct -= tl.where(kd_ct == 0, 0.0, kd_ct * slope_sum)
         factor = tl.where(log_sum_ct == 0, 0.0, OBJECTIVE.logits_scale * log_sum_ct * tl.exp(-log_sum))
-    width = V
+    n_valid = V
     if PADDED:
-        width = tl.load(width_N + row)
+        n_valid = tl.load(n_valid_N + row)
     logits_ct_V = logits_ct_NxV + row * V
-    _stream(logits_NxV + row * V, logits_ct_V, factor, row_max, width, OBJECTIVE, V, BLOCK)
+    _stream(logits_NxV + row * V, logits_ct_V, factor, row_max, n_valid, OBJECTIVE, V, BLOCK)
 
-    # Over it, once every thread has written its part, the taught columns: the sum of all that teach the same one.
+    # Once every thread has written its part, overwrite the taught columns, each with the sum over its duplicates.
     tl.debug_barrier()
     column_E = tl.load(columns_C + e, mask=e <= K, other=V)
     ct_ExJ = tl.zeros((E, J), tl.float32)
@@ -164,21 +164,21 @@ def spread(
 
 @triton.jit
 def _stream(
-    logits_V, logits_ct_V, factor, row_max, width, OBJECTIVE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
+    logits_V, logits_ct_V, factor, row_max, n_valid, OBJECTIVE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The softmax part of the row; where the factor is 0, zeros without reading the logits."""
-    # As a product it shows the compiler its divisors, and a load masked by it stays 16 bytes wide.
+    """Writes the softmax part of the row; if the factor is 0, writes zeros without reading the logits."""
+    # As a product, so that the compiler sees its divisors and loads masked by it stay 16 bytes wide.
     readable = V * (factor != 0).to(tl.int32)
-    row_max = tl.where(factor == 0, 0.0, row_max)  # a masked row's may be NaN
-    whole = width // BLOCK * BLOCK
+    row_max = tl.where(factor == 0, 0.0, row_max)  # that of a masked row may be NaN
+    whole = n_valid // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK):
         column = start + tl.arange(0, BLOCK)
         ct = _dense_ct(logits_V, column, readable, factor, row_max, OBJECTIVE)
         tl.store(logits_ct_V + column, ct)
-    for start in tl.range(whole, V, BLOCK):  # the ragged block, and all of the padding
+    for start in tl.range(whole, V, BLOCK):  # the ragged block and all padding
         column = start + tl.arange(0, BLOCK)
         ct = _dense_ct(logits_V, column, readable, factor, row_max, OBJECTIVE)
-        tl.store(logits_ct_V + column, tl.where(column < width, ct, 0.0), mask=column < V)
+        tl.store(logits_ct_V + column, tl.where(column < n_valid, ct, 0.0), mask=column < V)
 
 
 @triton.jit
@@ -198,14 +198,14 @@ def _softmax_ct(z, factor, row_max, OBJECTIVE: tl.constexpr):
 
 @triton.jit
 def _entries(t_K, topk_K, e, K: tl.constexpr):
-    """The teacher's and the student's logits of entries e; absent ones from K on."""
+    """Returns the teacher's and the student's logits of entries e; entries from K on are absent."""
     t = tl.load(t_K + e, mask=e < K, other=float("-inf")).to(tl.float32)
     return t, tl.load(topk_K + e, mask=e < K, other=float("nan"))
 
 
 @triton.jit
 def _normalisers(t_E, z_E, t_lse, row_max, log_sum, OBJECTIVE: tl.constexpr):
-    """Centre and log-sum of the teacher's log-probabilities, and of the student's."""
+    """Returns centre and log-sum of the teacher's log-probabilities, then of the student's."""
     if OBJECTIVE.ghost:
         t_centre = tl.load(t_lse).to(tl.float32)
         t_log_sum = 0.0
@@ -219,14 +219,14 @@ def _normalisers(t_E, z_E, t_lse, row_max, log_sum, OBJECTIVE: tl.constexpr):
 
 @triton.jit
 def _centred_log_sum(x_E, present_E, scale: tl.constexpr):
-    """The largest present entry, and the log of the sum of exp(scale (x - largest)) over them."""
+    """Returns the largest present entry and the log of the sum of exp(scale (x - largest)) over the present ones."""
     largest = tl.max(tl.where(present_E, x_E, float("-inf")), axis=0)
     return largest, tl.log(tl.sum(tl.where(present_E, tl.exp(scale * (x_E - largest)), 0.0), axis=0))
 
 
 @triton.jit
 def _log_probs(t, z, normalisers, OBJECTIVE: tl.constexpr):
-    """log p and log q of entries, `ABSENT` where the teacher's logit is -inf."""
+    """Returns log p and log q of the entries, `ABSENT` where the teacher's logit is -inf."""
     log_p = OBJECTIVE.target_logits_scale * (t - normalisers[0]) - normalisers[1]
     log_q = OBJECTIVE.logits_scale * (z - normalisers[2]) - normalisers[3]
     present = t != float("-inf")
@@ -246,13 +246,13 @@ def _divergence(t_E, z_E, normalisers, OBJECTIVE: tl.constexpr):
 
 @triton.jit
 def _slopes(t_E, z_E, normalisers, OBJECTIVE: tl.constexpr):
-    """The c of the slopes d_k - c q_k by scale z_k, and the sum of these slopes."""
+    """Returns c of the slopes d_k - c q_k, the derivatives by scale z_k, and the sum of these slopes."""
     log_p_E, log_q_E = _log_probs(t_E, z_E, normalisers, OBJECTIVE)
     slope_E = _slope(log_p_E, log_q_E, OBJECTIVE)
     if OBJECTIVE.ghost:
         log_p_rest, _ = _log_rest(log_p_E)
-        log_q_rest, all_of_it = _log_rest(log_q_E)
-        common = tl.where(all_of_it, 0.0, _slope(log_p_rest, log_q_rest, OBJECTIVE) * tl.exp(-log_q_rest))
+        log_q_rest, clamped = _log_rest(log_q_E)
+        common = tl.where(clamped, 0.0, _slope(log_p_rest, log_q_rest, OBJECTIVE) * tl.exp(-log_q_rest))
     else:
         common = tl.sum(slope_E, axis=0)
     return common, tl.sum(slope_E - tl.exp(log_q_E) * common, axis=0)
@@ -305,7 +305,7 @@ def _times_exp(log_x, y):
 
 @triton.jit
 def _log_rest(log_prob_E):
-    """log(1 - the mass of these), the smallest there is where they have all of it; and whether they have."""
+    """Returns log(1 - the mass of these), clamped (`reference.MAX_LOG_MASS`), and whether it was clamped."""
     largest = tl.max(log_prob_E, axis=0)
     log_mass = largest + tl.log(tl.sum(tl.exp(log_prob_E - largest), axis=0))
     return _log1mexp(tl.minimum(log_mass, MAX_LOG_MASS)), log_mass > MAX_LOG_MASS
@@ -313,13 +313,13 @@ def _log_rest(log_prob_E):
 
 @triton.jit
 def _log1mexp(log_x):
-    """log(1 - exp(log_x)) of log_x < 0, without expm1 and log1p, which Triton's interpreter lacks."""
-    # Near 1, 1 - exp(-y) = y - y^2/2! + y^3/3! - ...: to y^11 the rest is below 1e-9 of it for y < log 2.
+    """Returns log(1 - exp(log_x)) for log_x < 0, without expm1 and log1p, which Triton's interpreter lacks."""
+    # Where exp(log_x) is near 1: 1 - exp(-y) = y - y^2/2! + y^3/3! - ..., cut at y^11: 1e-9 of it for y < log 2.
     y = tl.minimum(-log_x, 0.6931472)
     series = 1 - y * (1 / 11)
     for i in tl.static_range(9):
         series = 1 - y * (1 / (10 - i)) * series
-    # Near 0, log(1 - x): the log of u, 1 - x rounded, and to first order what rounding took.
+    # Where it is near 0: the log of u, which is 1 - x rounded, plus the first order of what rounding took.
     x = tl.exp(log_x)
     u = 1 - x
     return tl.where(log_x > -0.6931472, tl.log(y * series), tl.log(u) - ((u - 1) + x) / u)
