@@ -19,6 +19,7 @@ from kdjax.checkpoint import (
     load_params,
     params_directory,
     read_model_config,
+    run_config,
     save_model,
 )
 from kdjax.checkpoint.arrays import open_arrays
@@ -271,3 +272,75 @@ def test_a_damaged_array_is_named(saved: Path) -> None:
         load_params(saved, MODEL)
     with pytest.raises(UserError, match=r"is not a complete Orbax checkpoint"):
         open_arrays(saved)
+
+
+def test_model_config_json_holds_the_architecture_only(saved: Path) -> None:
+    stored = json.loads((saved / "model_config.json").read_text())
+    choices = {
+        "init_from", "keep_layers", "dtype", "param_dtype", "remat", "attention", "init_std", "scaled_init",
+    }  # fmt: skip
+    assert stored.keys() == {field.name for field in dataclasses.fields(ModelConfig)} - choices
+    assert {key: stored[key] for key in ("layers", "vocab_size", "norm")} == {
+        "layers": 2, "vocab_size": 61, "norm": "layernorm",
+    }  # fmt: skip
+
+
+def test_the_dtype_of_the_computation_is_the_callers(saved: Path) -> None:
+    assert load_model(saved).config.dtype == "float32"
+    assert load_model(saved, dtype="bfloat16")(TOKENS).dtype == load_model(saved)(TOKENS).dtype
+    assert np.any(load_model(saved, dtype="bfloat16")(TOKENS) != load_model(saved)(TOKENS))
+
+
+def test_parameters_lie_on_the_first_device_unless_told_otherwise(saved: Path) -> None:
+    for leaf in jax.tree.leaves(load_params(saved, MODEL)):
+        assert leaf.devices() == {jax.devices()[0]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 65, "padded_vocab_size": 65}, r"  embed: \(64, 16\) stored, \(65, 16\) wanted"),
+        ({"qk_norm": True}, r"  layers/attn/k_norm/scale: nothing stored, \(2, 4\) wanted"),
+        ({"layers": 3}, r"  layers/attn/k/kernel: \(2, .*\) stored, \(3, .*\) wanted"),
+    ],
+)
+def test_parameters_that_do_not_fit(saved: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_params(saved, dataclasses.replace(MODEL, **changes))
+
+
+def test_a_layer_that_is_not_stored(saved: Path) -> None:
+    with pytest.raises(UserError, match=r"  layers/attn/k/kernel: \(2, .*\) stored, \(1, .*\) wanted"):
+        load_params(saved, dataclasses.replace(MODEL, layers=1), keep_layers=(2,))
+
+
+def test_a_vocabulary_may_take_all_stored_rows(saved: Path) -> None:
+    restored = load_params(saved, dataclasses.replace(MODEL, vocab_size=64, padded_vocab_size=None))
+    np.testing.assert_array_equal(restored["embed"], init_params(MODEL, 0)["embed"])
+
+
+def test_a_run_and_its_steps_are_models(tmp_path: Path) -> None:
+    model = dataclasses.replace(MODEL, init_from="elsewhere", keep_layers=(1, 2))
+    config = dataclasses.replace(configs.Config(), model=model)
+    checkpoints = RunCheckpoints(tmp_path, config)
+    for step in (4, 6):
+        checkpoints.save(TrainState(jnp.int32(step), init_params(MODEL, step), {"m": jnp.ones(1)}), {"data": ""}, None)
+    checkpoints.wait()
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    for path, step in (tmp_path, 6), (tmp_path / "checkpoints" / "6", 6), (tmp_path / "checkpoints" / "4", 4):
+        assert run_config(path) == config
+        assert read_model_config(path) == MODEL
+        assert params_directory(path) == tmp_path / "checkpoints" / str(step) / "params"
+        np.testing.assert_array_equal(load_model(path)(TOKENS), bind(MODEL, init_params(MODEL, step))(TOKENS))
+    assert run_config(tmp_path / "checkpoints") is None
+
+
+def test_a_configuration_without_init_from_is_left_alone() -> None:
+    config = configs.Config()
+    assert adopt_architecture(config) is config
+
+
+def test_padding_may_count_when_it_is_as_stored(saved: Path) -> None:
+    base = configs.replace(configs.Config(), model__init_from=str(saved), loss__include_vocab_padding=True)
+    for padded in (None, 64):
+        assert adopt_architecture(configs.replace(base, model__padded_vocab_size=padded)).model.vocab_rows == 64
