@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from models import HF_GOLDENS, train_student
+from models import HF_GOLDENS
 
 from kdjax.convert.__main__ import main
 
@@ -23,9 +23,3 @@ def converted_hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return root / name
 
     return converted
-
-
-@pytest.fixture(scope="session")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, each saved; see `train_student`."""
-    return train_student(tmp_path_factory.mktemp("student"))

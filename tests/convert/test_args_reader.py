@@ -1,6 +1,5 @@
 """Megatron's args, NeMo's YAML and Megatron-Bridge's configuration state the architecture, or cannot be expressed."""
 
-import json
 import re
 from typing import Any
 
@@ -32,8 +31,7 @@ PROVIDER = {
 
 
 def args(variant: str = "gpt2ish", **changes: Any) -> dict[str, Any]:
-    found = json.loads((megatron.unpacked(variant) / "config.json").read_text()) | changes
-    return {key: value for key, value in found.items() if value != "absent"}
+    return {key: value for key, value in (megatron.args(variant) | changes).items() if value != "absent"}
 
 
 def model(stated: dict[str, Stated]) -> ModelConfig:

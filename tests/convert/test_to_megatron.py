@@ -1,6 +1,6 @@
-"""Models go out as Megatron checkpoints: the bytes that Megatron wrote, the architecture, and what cannot be said.
+"""Models go out as Megatron checkpoints: the bytes that Megatron wrote, the architecture, and what is refused.
 
-That Megatron-Core loads them and computes the same logits is scripts/tools/check_megatron.py's to show.
+scripts/tools/check_megatron.py shows that Megatron-Core loads them and computes the same logits.
 """
 
 import dataclasses
@@ -13,15 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import megatron_goldens as megatron
 import ml_dtypes
 import numpy as np
 import pytest
-import toy_problem as toy
+from models import assert_same_params, save_random_model
 
-from kdjax import config as configs
-from kdjax.checkpoint import load_params, read_model_config, save_model
 from kdjax.config import ModelConfig
 from kdjax.convert.__main__ import main
 from kdjax.convert.checkpoint_files import list_files, subdirectory
@@ -30,8 +27,6 @@ from kdjax.convert.megatron.args_writer import to_args
 from kdjax.convert.megatron.checkpoint import TRACKER, open_checkpoint
 from kdjax.convert.pytorch import torch_file
 from kdjax.convert.pytorch.pickle_reader import unpickle
-from kdjax.model import init_params
-from kdjax.train import run
 from kdjax.types import UserError
 
 SMALL = ModelConfig(layers=3, d_model=16, n_heads=4, d_ff=23, vocab_size=37, padded_vocab_size=37, n_groups=4)
@@ -54,21 +49,19 @@ OWN = {
 
 
 def own_model(path: Path, **changes: Any) -> ModelConfig:
-    """A model directory of random weights, biases and scales among them, that were never Megatron's."""
+    """Writes a model directory that never was Megatron's, biases and scales random too."""
     config = dataclasses.replace(SMALL, head_dim=changes.pop("head_dim", 4), **changes)
-    params = init_params(config, 5)
-    keys = iter(jax.random.split(jax.random.key(6), 99))
-    save_model(path, config, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params))
+    save_random_model(path, config)
     return config
 
 
 def described(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Every entry of the checkpoint's .metadata under its own key: a tensor's shape and dtype, or that it is none."""
+    """Returns the entries of a checkpoint's .metadata: a tensor's shape and dtype, or "object"."""
     pickled = unpickle((checkpoint / ".metadata").read_bytes(), str(checkpoint))
     found = {}
     for name, entry in pickled.attributes["state_dict_metadata"].items():
-        told = entry.attributes
-        found[name] = (told["size"], str(told["properties"].state[0])) if "size" in told else ((), "object")
+        state = entry.attributes
+        found[name] = (state["size"], str(state["properties"].state[0])) if "size" in state else ((), "object")
     return found
 
 
@@ -98,7 +91,7 @@ def test_megatron_and_back(variant: str, checkpoint: str, iteration: str, tmp_pa
     main(["to-megatron", str(megatron.converted(variant, checkpoint)), str(tmp_path / "back")])
     assert (tmp_path / "back" / TRACKER).read_text() == "release"
     ours, theirs = described(tmp_path / "back" / "release"), described(golden / iteration)
-    assert {name: told for name, told in theirs.items() if not name.startswith("rng_state")}.items() <= ours.items()
+    assert {name: entry for name, entry in theirs.items() if not name.startswith("rng_state")}.items() <= ours.items()
     assert {name for name in ours.keys() - theirs.keys() if "_extra_state" not in name} == set()
     assert_same_bytes(tensors(tmp_path / "back", config), tensors(golden, config))
     ours_json, theirs_json = (path / "metadata.json" for path in (tmp_path / "back" / "release", golden / iteration))
@@ -107,7 +100,7 @@ def test_megatron_and_back(variant: str, checkpoint: str, iteration: str, tmp_pa
 
 @pytest.mark.parametrize("variant", megatron.VARIANTS)
 def test_in_another_dtype(variant: str, tmp_path: Path) -> None:
-    """The goldens' weights are bfloat16's, so that bfloat16 loses nothing."""
+    """The goldens' weights are representable in bfloat16, which therefore loses nothing."""
     main(["to-megatron", str(megatron.converted(variant)), str(tmp_path / "back"), "--dtype", "bfloat16"])
     config = megatron.architecture(variant)
     found = tensors(tmp_path / "back", config)
@@ -134,12 +127,10 @@ def test_there_and_back_is_the_same_model_directory(checkpoint: tuple[str, str],
 
 @pytest.mark.parametrize("name", OWN)
 def test_models_that_never_were_megatrons(name: str, tmp_path: Path) -> None:
-    config = own_model(tmp_path / "model", **OWN[name])
+    own_model(tmp_path / "model", **OWN[name])
     main(["to-megatron", str(tmp_path / "model"), str(tmp_path / "there")])
     main(["from-megatron", str(tmp_path / "there"), str(tmp_path / "back")])
-    assert read_model_config(tmp_path / "back") == read_model_config(tmp_path / "model")
-    ours, theirs = (load_params(tmp_path / path, config) for path in ("back", "model"))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert_same_params(tmp_path / "back", tmp_path / "model")
 
 
 def test_two_exports_are_byte_equal(tmp_path: Path) -> None:
@@ -176,8 +167,7 @@ def test_architectures_that_megatron_does_not_have(changes: dict[str, Any], mess
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_args_say_what_they_are_read_as() -> None:
-    """`from_args` undoes `to_args`, key by key, under each release's names for it."""
+def test_args_are_read_back_under_the_names_of_each_release() -> None:
     config = dataclasses.replace(SMALL, norm="layernorm_1p", norm_eps=3e-6, head_dim=4, padded_vocab_size=40)
     args = to_args(config)
     for newer, older in (
@@ -185,8 +175,13 @@ def test_args_say_what_they_are_read_as() -> None:
         ("layernorm_epsilon", "norm_epsilon"),
     ):
         for name in (newer, older):
-            told = from_args({key: value for key, value in args.items() if key != name}, "here")
-            assert (told["norm"].value, told["norm_eps"].value) == ("layernorm_1p", 3e-6)
+            stated = from_args({key: value for key, value in args.items() if key != name}, "here")
+            assert (stated["norm"].value, stated["norm_eps"].value) == ("layernorm_1p", 3e-6)
+    assert "seq_length" not in args
+    longer = to_args(config, 20)
+    assert (longer["seq_length"], longer["max_position_embeddings"]) == (20, 20)
+    learned = to_args(dataclasses.replace(config, position="learned", max_positions=7), 20)
+    assert (learned["seq_length"], learned["max_position_embeddings"]) == (7, 7)
 
 
 @pytest.mark.parametrize(
@@ -202,66 +197,47 @@ def test_args_say_what_they_are_read_as() -> None:
 def test_vocabulary_padding(
     vocab: int, stored: int, divisor: int | None, rows: int, megatron_divisor: int, tmp_path: Path
 ) -> None:
-    """As stored, cut, or filled up with zeros; Megatron's own rule makes as many of it."""
-    config = own_model(tmp_path / "model", padded_vocab_size=stored, tied=False)
+    """As stored, cut, or filled with zeros; Megatron's own rule gives the same number of rows."""
+    config = dataclasses.replace(SMALL, head_dim=4, padded_vocab_size=stored, tied=False)
+    before = save_random_model(tmp_path / "model", config)
     words = [] if divisor is None else [f"--vocab-divisible-by={divisor}"]
     main(["to-megatron", str(tmp_path / "model"), str(tmp_path / "out"), *words])
     args = common(tmp_path / "out")["args"].attributes
     assert (args["vocab_size"], args["padded_vocab_size"]) == (vocab, rows)
     assert args["make_vocab_size_divisible_by"] == megatron_divisor
     assert -(-vocab // megatron_divisor) * megatron_divisor == rows
-    found, before = tensors(tmp_path / "out", config), load_params(tmp_path / "model", config)
-    for name, leaf in (("embedding.word_embeddings.weight", "embed"), ("output_layer.weight", "unembed")):
+    found = tensors(tmp_path / "out", config)
+    for name, parameter in (("embedding.word_embeddings.weight", "embed"), ("output_layer.weight", "unembed")):
         assert found[name].shape == (rows, 16)
-        np.testing.assert_array_equal(found[name][: min(rows, stored)], before[leaf][: min(rows, stored)])
+        np.testing.assert_array_equal(found[name][: min(rows, stored)], before[parameter][: min(rows, stored)])
         assert not found[name][stored:].any()
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, each saved, with padded rows in its softmax."""
-    root = tmp_path_factory.mktemp("student")
-    own_model(root / "model", vocab_size=toy.VOCAB, padded_vocab_size=toy.VOCAB + 3)
-    config = toy.config(root, model__init_from=str(root / "model"), loss__include_vocab_padding=True)
-    config = configs.replace(config, train__steps=2, train__val_every=1, train__save_every=1, optim__warmup_steps=0)
-    run(config, root / "run", devices=jax.devices()[:1])
-    return root / "run"
+def test_a_multiple_of_nothing(tmp_path: Path) -> None:
+    own_model(tmp_path / "model")
+    with pytest.raises(UserError, match=r"--vocab-divisible-by 0: it must be at least 1, such as 128"):
+        main(["to-megatron", str(tmp_path / "model"), str(tmp_path / "out"), "--vocab-divisible-by", "0"])
 
 
-@pytest.mark.parametrize("step", [None, 1, 2])
-def test_any_step_of_a_run(student: Path, step: int | None, tmp_path: Path) -> None:
-    model = student if step is None else student / "checkpoints" / str(step)
-    main(["to-megatron", str(model), str(tmp_path / "there")])
-    told = common(tmp_path / "there")
-    assert told["iteration"] == (step or 2)
-    assert told["args"].attributes["seq_length"] == toy.LENGTH
-    main(["from-megatron", str(tmp_path / "there"), str(tmp_path / "back")])
-    config = read_model_config(tmp_path / "back")
-    ours, theirs, other = (
-        load_params(path, config)
-        for path in (
-            tmp_path / "back",
-            student / "checkpoints" / str(step or 2),
-            student / "checkpoints" / str(3 - (step or 2)),
-        )
-    )
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    assert all(np.abs(a - b).max() > 0 for a, b in zip(*map(jax.tree.leaves, (ours, other)), strict=True))
-
-
-def test_rows_that_were_in_the_softmax_stay(student: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=rf"--vocab-divisible-by 128 makes 128 vocabulary rows, .* over {toy.VOCAB + 3} rows; omit"
-    ):
-        main(["to-megatron", str(student), str(tmp_path / "out"), "--vocab-divisible-by", "128"])
-    main(["to-megatron", str(student), str(tmp_path / "out"), "--vocab-divisible-by", str(toy.VOCAB + 3)])
-    with pytest.raises(UserError, match=r"--vocab-divisible-by 0: it must be at least 1"):
-        main(["to-megatron", str(student), str(tmp_path / "other"), "--vocab-divisible-by", "0"])
+def test_what_is_printed_and_beside_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = own_model(tmp_path / "model", qk_norm=True)
+    main(["to-megatron", str(tmp_path / "model"), str(tmp_path / "out")])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"wrote {tmp_path / 'out'}: torch_dist, 26 tensors, 0.000 GB, float32"
+    assert second == f"Megatron's args for it are also in {tmp_path / 'out' / 'release' / 'provenance.json'}"
+    provenance = json.loads((tmp_path / "out" / "release" / "provenance.json").read_text())
+    assert (provenance["source"], provenance["step"]) == ("model", 0)
+    args = common(tmp_path / "out")["args"].attributes
+    assert provenance["args"] == {key: args[key] for key in to_args(config)}
+    assert (args["params_dtype"], args["bf16"], args["fp16"]) == ("float32", False, False)
+    entries = described(tmp_path / "out" / "release")
+    assert len([name for name in entries if "_extra_state/shard_" in name]) == 3 * 7 + 1
+    assert entries["decoder.layers.self_attention.k_layernorm._extra_state/shard_2_3"] == ((), "object")
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Iterator[Path]:
-    """Where the checkpoint should go; the test fails if anything is there afterwards."""
+    """Where the checkpoint should go; fails the test if anything is there afterwards."""
     own_model(tmp_path / "model")
     (tmp_path / "out").mkdir()
     yield tmp_path / "out" / "megatron"
@@ -323,12 +299,21 @@ def test_an_existing_out(spoil: Callable[[Path], Any], force: bool, message: str
         main([*words, *(["--force"] if force else [])])
 
 
-def test_leaves_that_do_not_fit(tmp_path: Path) -> None:
+def test_parameters_that_do_not_fit(tmp_path: Path) -> None:
     own_model(tmp_path / "model")
-    told = json.loads((tmp_path / "model" / "model_config.json").read_text())
-    (tmp_path / "model" / "model_config.json").write_text(json.dumps(told | {"d_ff": 29}))
+    stored = json.loads((tmp_path / "model" / "model_config.json").read_text())
+    (tmp_path / "model" / "model_config.json").write_text(json.dumps(stored | {"d_ff": 29}))
     with pytest.raises(
         UserError,
         match=r"layers/mlp/\w+/kernel: \(3, .*23.*\) is stored, but the architecture .* needs \(3, .*29",
     ):
         main(["to-megatron", str(tmp_path / "model"), str(tmp_path / "out")])
+    for changes, message in (
+        ({"tied": False}, r"unembed: nothing is stored, but the architecture beside it needs \(37, 16\)"),
+        ({"vocab_size": 38, "padded_vocab_size": 38}, r"embed: \(37, 16\) is stored, but .* needs \(38, 16\)"),
+        ({"d_model": 20}, r"embed: \(37, 16\) is stored, but .* needs \(37, 20\)"),
+    ):
+        (tmp_path / "model" / "model_config.json").write_text(json.dumps(stored | changes))
+        with pytest.raises(UserError, match=message):
+            main(["to-megatron", str(tmp_path / "model"), str(tmp_path / "out")])
+    assert os.listdir(tmp_path) == ["model"]

@@ -1,9 +1,8 @@
-"""Every Megatron and NeMo fixture converts, and computes what Megatron computed from it: logits and gradients."""
+"""Every Megatron and NeMo fixture converts to a model with Megatron's own logits and gradients."""
 
 import dataclasses
 import filecmp
 import itertools
-import json
 import os
 import re
 import shutil
@@ -18,16 +17,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import torch_writer as writer
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
+from models import assert_same_params, logits
 
 from kdjax import cli
-from kdjax.checkpoint import load_model, load_params, read_model_config
+from kdjax.checkpoint import load_params, read_model_config
 from kdjax.config import ModelConfig
 from kdjax.convert.from_megatron import convert
 from kdjax.convert.megatron.parameter_names import canonical_name
 from kdjax.convert.megatron.rules import megatron_rules
+from kdjax.convert.provenance import read_provenance
 from kdjax.convert.rules import Rule
-from kdjax.model import Params, bind
+from kdjax.model import Params, bind, param_name
 from kdjax.types import UserError
 
 LAYOUTS = {
@@ -67,24 +68,23 @@ def test_every_fixture_is_listed() -> None:
 
 @pytest.mark.parametrize(("variant", "layout"), CASES)
 def test_logits(variant: str, layout: str) -> None:
-    golden = megatron.golden(variant)
-    model = load_model(megatron.converted(variant, layout, *PADDED))
-    np.testing.assert_allclose(model(golden["input_ids"]), golden["logits"], rtol=0, atol=2e-5)
+    assert_logits(megatron.converted(variant, layout, *PADDED), megatron.golden(variant))
+
+
+def assert_logits(model: Path, golden: dict[str, np.ndarray]) -> None:
+    found = logits(model, golden["input_ids"])
+    np.testing.assert_allclose(found, golden["logits"][..., : found.shape[-1]], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("variant", "layout"), CASES)
-def test_every_layout_gives_the_same_bytes(variant: str, layout: str) -> None:
-    """Ranks, stages, shards and names are put together to the very arrays of the plainest layout."""
-    leaves = {}
-    for name in ("torch_dist_tp1pp1", layout):
-        out = megatron.converted(variant, name, *PADDED)
-        leaves[name] = load_params(out, read_model_config(out))
-    jax.tree.map(np.testing.assert_array_equal, leaves["torch_dist_tp1pp1"], leaves[layout])
+def test_every_layout_gives_the_same_arrays(variant: str, layout: str) -> None:
+    """Ranks, pipeline stages, shards and names are joined to exactly the arrays of the plainest layout."""
+    assert_same_params(*(megatron.converted(variant, name, *PADDED) for name in ("torch_dist_tp1pp1", layout)))
 
 
 @pytest.mark.parametrize("variant", megatron.VARIANTS)
 def test_gradients(variant: str) -> None:
-    """Of the masked mean cross-entropy over the padded vocabulary, brought to Megatron's layout by the same rules."""
+    """Of the masked mean cross-entropy over the padded vocabulary, converted to Megatron's layout by the same rules."""
     out, golden = megatron.converted(variant, "torch_dist_tp1pp1", *PADDED), megatron.golden(variant)
     config = dataclasses.replace(read_model_config(out), dtype="float32")
 
@@ -104,45 +104,40 @@ def test_gradients(variant: str) -> None:
 
 
 def megatron_arrays(table: list[Rule], config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
-    """kdjax's leaves under Megatron's names."""
-    leaves = {
-        keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in tree_leaves_with_path(params)
-    }
+    """Returns kdjax's parameters under Megatron's names."""
+    parameters = {param_name(path): np.asarray(array) for path, array in tree_leaves_with_path(params)}
     arrays_by_name: dict[str, np.ndarray] = {}
     for rule in table:
         for layer in rule.layers(config):
-            arrays = [leaves[path] if layer is None else leaves[path][layer] for path in rule.targets]
+            arrays = [parameters[name] if layer is None else parameters[name][layer] for name in rule.targets]
             arrays_by_name |= zip(rule.source_names(layer), rule.from_kdjax(config, *arrays), strict=True)
     return arrays_by_name
 
 
 def test_tanh_gelu() -> None:
-    """Megatron's fused GELU is the tanh approximation: stated by hand, and read from the args that ran it."""
+    """Megatron's fused GELU is the tanh approximation."""
     golden = megatron.golden("gpt2ish", "golden_tp1pp1_default_bias_gelu_fusion")
-    out = megatron.converted("gpt2ish", "torch_dist_tp1pp1", "activation=gelu_tanh", *PADDED)
-    np.testing.assert_allclose(load_model(out)(golden["input_ids"]), golden["logits"], rtol=0, atol=2e-5)
+    assert_logits(megatron.converted("gpt2ish", "torch_dist_tp1pp1", "activation=gelu_tanh", *PADDED), golden)
     exact = megatron.golden("gpt2ish")["logits"]
     assert np.abs(golden["logits"] - exact).max() > 1e-3  # or the test could not tell them apart
 
 
 def test_tanh_gelu_from_the_args(tmp_path: Path) -> None:
-    golden = megatron.golden("gpt2ish", "golden_tp1pp1_default_bias_gelu_fusion")
     source = tmp_path / "source"
     shutil.copytree(megatron.unpacked("gpt2ish") / "torch_dist_tp1pp1" / "iter_0000100", source)
-    args = json.loads((megatron.unpacked("gpt2ish") / "config.json").read_text()) | {"bias_gelu_fusion": True}
+    args = megatron.args("gpt2ish") | {"bias_gelu_fusion": True}
     writer.save(source / "common.pt", {"args": writer.namespace(**args), "iteration": 100})
     convert(source, tmp_path / "out", PADDED)
-    logits = load_model(tmp_path / "out")(golden["input_ids"])
-    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=2e-5)
+    assert_same_params(
+        tmp_path / "out", megatron.converted("gpt2ish", "torch_dist_tp1pp1", "activation=gelu_tanh", *PADDED)
+    )
 
 
 def test_the_true_vocabulary_follows_from_the_null_tokenizer() -> None:
-    """Its args say 499, without the end-of-document token."""
+    """Its args state 499, without the end-of-document token."""
     config = read_model_config(megatron.converted("llamaish"))
     assert (config.vocab_size, config.padded_vocab_size) == (500, 512)
-    golden = megatron.golden("llamaish")
-    logits = load_model(megatron.converted("llamaish"))(golden["input_ids"])
-    np.testing.assert_allclose(logits, golden["logits"][..., :500], rtol=0, atol=2e-5)
+    assert_logits(megatron.converted("llamaish"), megatron.golden("llamaish"))
 
 
 def test_a_nemo_file_does_not_state_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +146,8 @@ def test_a_nemo_file_does_not_state_it(tmp_path: Path, capsys: pytest.CaptureFix
     assert "vocab_size          512      NOT STATED" in capsys.readouterr().out
 
 
-def test_plain_orbax_reads_what_is_written_in_the_stored_dtype() -> None:
+def test_parameters_keep_the_stored_dtype() -> None:
+    """On the disk, as plain Orbax reads it; `load_params` casts."""
     out = megatron.converted("llamaish", "torch_dist_tp1pp1_bf16_release")
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(out / "params")
@@ -173,7 +169,7 @@ def test_two_conversions_are_byte_equal(tmp_path: Path) -> None:
 
 
 def test_an_iteration_directory_and_an_unpacked_nemo_file(tmp_path: Path) -> None:
-    """IN may be the iteration itself; a .nemo file may have been unpacked, and its checkpoint have many ranks."""
+    """IN may be an iteration's directory, and a .nemo file may have been unpacked."""
     llamaish = megatron.unpacked("llamaish")
     same = [megatron.converted("llamaish", "torch_tp2pp2/iter_0000100", *PADDED)]
     for name in ("mcore_dist.nemo", "legacy_tp2_fastswiglu.nemo"):
@@ -181,24 +177,27 @@ def test_an_iteration_directory_and_an_unpacked_nemo_file(tmp_path: Path) -> Non
         shutil.unpack_archive(llamaish / name, tmp_path / name, "tar", filter="data")
         convert(tmp_path / name, tmp_path / f"{name}.out", PADDED)
         same.append(tmp_path / f"{name}.out")
-    golden = megatron.golden("llamaish")
     for out in same:
-        np.testing.assert_allclose(load_model(out)(golden["input_ids"]), golden["logits"], rtol=0, atol=2e-5)
+        assert_same_params(out, megatron.converted("llamaish", "torch_dist_tp1pp1", *PADDED))
 
 
 def test_provenance() -> None:
     out = megatron.converted("llamaish", "torch_tp1pp2vpp2_bf16")
-    told = json.loads((out / "provenance.json").read_text())
-    assert told["source"] == "torch_tp1pp2vpp2_bf16"
-    assert told["format"] == "torch, tensor parallel 1, pipeline parallel 2, 2 virtual stages, checkpoint version 3"
-    assert (told["iteration"], told["vocab_size"], told["padded_vocab_size"]) == (100, 500, 512)
-    assert told["leaves"]["layers/mlp/up/kernel"]["dtype"] == "bfloat16"
-    assert told["leaves"]["layers/mlp/up/kernel"]["shape"] == [4, 64, 160]
-    assert re.fullmatch(r"[0-9a-f]{64}", told["leaves"]["unembed"]["sha256"])
+    found = read_provenance(out)
+    assert found["source"] == "torch_tp1pp2vpp2_bf16"
+    assert found["format"] == "torch, tensor parallel 1, pipeline parallel 2, 2 virtual stages, checkpoint version 3"
+    assert (found["iteration"], found["vocab_size"], found["padded_vocab_size"]) == (100, 500, 512)
+    assert found["architecture_from"]["layers"] == "args: num_layers 4"
+    assert read_provenance(megatron.converted("llamaish", "torch_tp1pp1"))["format"] == (
+        "torch, tensor parallel 1, pipeline parallel 1, checkpoint version 3"
+    )
+    assert found["leaves"]["layers/mlp/up/kernel"]["dtype"] == "bfloat16"
+    assert found["leaves"]["layers/mlp/up/kernel"]["shape"] == [4, 64, 160]
+    assert re.fullmatch(r"[0-9a-f]{64}", found["leaves"]["unembed"]["sha256"])
 
 
 def test_a_tied_copy_that_differs(tmp_path: Path) -> None:
-    """The last stage's copy of a tied embedding is left out only if it is one."""
+    """The last pipeline stage's copy of a tied embedding is skipped only if it equals the embedding."""
     source = tmp_path / "source"
     shutil.copytree(megatron.unpacked("gpt2ish") / "torch_tp2pp2", source)
     file = source / "iter_0000100" / "mp_rank_01_001" / "model_optim_rng.pt"

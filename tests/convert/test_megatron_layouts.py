@@ -1,6 +1,6 @@
-"""Layouts that no fixture has: older releases' names and orders, split maps, other tools' directories.
+"""Layouts that no fixture has: older releases' names and orders, separate gates, other tools' directories.
 
-Each is made of one fixture's arrays under other names, and must come to the same leaves.
+Each is made of one fixture's arrays under other names, and must give the same parameters.
 """
 
 import json
@@ -17,27 +17,19 @@ import yaml
 
 from kdjax.checkpoint import load_params, read_model_config
 from kdjax.convert.from_megatron import convert
-from kdjax.convert.megatron.checkpoint import open_checkpoint
 from kdjax.types import UserError
 
 Arrays = dict[str, np.ndarray]
 
 
-def fixture(variant: str) -> tuple[Arrays, dict[str, Any]]:
-    """A variant's arrays under canonical names, and its args."""
-    checkpoint = open_checkpoint(megatron.unpacked(variant) / "torch_dist_tp1pp1")
-    tensors = checkpoint.read_tensors(megatron.architecture(variant))
-    args = json.loads((megatron.unpacked(variant) / "config.json").read_text())
-    return {name: tensor.read() for name, tensor in tensors.items() if tensor.nbytes}, args
-
-
-def assert_same_leaves(out: Path, variant: str) -> None:
+def assert_same(out: Path, variant: str) -> None:
+    """Asserts that `out` loads to the parameters of a variant's plainest layout."""
     ours, theirs = (load_params(path, read_model_config(path)) for path in (out, megatron.converted(variant)))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def legacy_names(arrays: Arrays, old: bool) -> dict[str, Any]:
-    """megatron.legacy's nested dict; `old`: the names of its first releases."""
+    """Returns megatron.legacy's nested dict; `old`: with the names of its first releases."""
     renames = [
         ("decoder.", "transformer." if old else "encoder."),
         ("self_attention.linear_qkv.layer_norm_", "input_layernorm." if old else "input_norm."),
@@ -62,7 +54,7 @@ def legacy_names(arrays: Arrays, old: bool) -> dict[str, Any]:
 
 
 def reordered(arrays: Arrays, version: int, heads: int) -> Arrays:
-    """Queries, keys and values in an old release's order: from [N, 3, H] rows."""
+    """Returns [N, 3, H] rows of queries, keys and values in an old release's order."""
 
     def change(array: np.ndarray) -> np.ndarray:
         rows_Nx3xH = array.reshape(heads, 3, -1, *array.shape[1:])
@@ -80,7 +72,7 @@ def save_rank(source: Path, content: dict[str, Any], rank: str = "mp_rank_00") -
 
 @pytest.mark.parametrize(("version", "old"), [(0, True), (1, True), (2.0, False), (3.0, False)])
 def test_legacy_names_and_checkpoint_versions(version: float, old: bool, tmp_path: Path) -> None:
-    arrays, args = fixture("gpt2ish")
+    arrays, args = megatron.tensors("gpt2ish"), megatron.args("gpt2ish")
     if version < 2:
         arrays = reordered(arrays, int(version), heads=4)
     content = {"args": writer.namespace(**args), "iteration": 7, "model": legacy_names(arrays, old)}
@@ -88,13 +80,13 @@ def test_legacy_names_and_checkpoint_versions(version: float, old: bool, tmp_pat
         content["checkpoint_version"] = version
     save_rank(tmp_path / "source", content)
     convert(tmp_path / "source", tmp_path / "out")
-    assert_same_leaves(tmp_path / "out", "gpt2ish")
+    assert_same(tmp_path / "out", "gpt2ish")
 
 
 @pytest.mark.parametrize("version", [0, 1])
 def test_old_orders_under_tensor_parallelism(version: int, tmp_path: Path) -> None:
-    """Each rank's rows are ordered on their own, before they are put together."""
-    arrays, args = fixture("gpt2ish")
+    """Each rank's rows are reordered before they are joined."""
+    arrays, args = megatron.tensors("gpt2ish"), megatron.args("gpt2ish")
     rows = ("word_embeddings.weight", "linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias")
     columns = ("linear_proj.weight", "linear_fc2.weight")
     for rank in range(2):
@@ -107,19 +99,19 @@ def test_old_orders_under_tensor_parallelism(version: int, tmp_path: Path) -> No
         content = {"args": writer.namespace(**parallel), "checkpoint_version": version, "model": model}
         save_rank(tmp_path / "source", content, f"mp_rank_{rank:02d}")
     convert(tmp_path / "source", tmp_path / "out")
-    assert_same_leaves(tmp_path / "out", "gpt2ish")
+    assert_same(tmp_path / "out", "gpt2ish")
 
 
 def test_an_embedding_copy_of_the_last_stage_under_its_old_name(tmp_path: Path) -> None:
-    arrays, args = fixture("gpt2ish")
+    arrays, args = megatron.tensors("gpt2ish"), megatron.args("gpt2ish")
     model = legacy_names(arrays, old=True)
     model["word_embeddings_for_head"] = {"weight": arrays["embedding.word_embeddings.weight"]}
     save_rank(tmp_path / "source", {"args": writer.namespace(**args), "checkpoint_version": 3.0, "model": model})
     convert(tmp_path / "source", tmp_path / "out")
-    assert_same_leaves(tmp_path / "out", "gpt2ish")
+    assert_same(tmp_path / "out", "gpt2ish")
 
 
-def split_gate(arrays: Arrays, gate: str, up: str) -> Arrays:
+def separate_gate(arrays: Arrays, gate: str, up: str) -> Arrays:
     found = {}
     for name, array in arrays.items():
         if name.endswith("linear_fc1.weight"):
@@ -131,16 +123,16 @@ def split_gate(arrays: Arrays, gate: str, up: str) -> Arrays:
 
 
 def test_singleton_local_shards(tmp_path: Path) -> None:
-    arrays, args = fixture("llamaish")
-    arrays = split_gate(arrays, "linear_fc1.weight_w", "linear_fc1.weight_v")
+    arrays, args = megatron.tensors("llamaish"), megatron.args("llamaish")
+    arrays = separate_gate(arrays, "linear_fc1.weight_w", "linear_fc1.weight_v")
     writer.save_distributed(tmp_path / "source", arrays, {"args": writer.namespace(**args), "iteration": 7})
     convert(tmp_path / "source", tmp_path / "out")
-    assert_same_leaves(tmp_path / "out", "llamaish")
+    assert_same(tmp_path / "out", "llamaish")
 
 
 def test_a_gate_without_its_other_half(tmp_path: Path) -> None:
-    arrays, args = fixture("llamaish")
-    arrays = split_gate(arrays, "linear_fc1.weight_w", "linear_fc1.weight_v")
+    arrays, args = megatron.tensors("llamaish"), megatron.args("llamaish")
+    arrays = separate_gate(arrays, "linear_fc1.weight_w", "linear_fc1.weight_v")
     del arrays["decoder.layers.2.mlp.linear_fc1.weight_v"]
     writer.save_distributed(tmp_path / "source", arrays, {"args": writer.namespace(**args)})
     with pytest.raises(UserError, match=r"2.mlp.linear_fc1.weight_w \(160, 64\) .*: no rule"):
@@ -148,7 +140,7 @@ def test_a_gate_without_its_other_half(tmp_path: Path) -> None:
 
 
 def test_two_layers_norms_stacked_and_an_optimizer_beside_them(tmp_path: Path, capsys: Any) -> None:
-    arrays, args = fixture("llamaish")
+    arrays, args = megatron.tensors("llamaish"), megatron.args("llamaish")
     stacked: Arrays = {}
     for name, array in arrays.items():
         if name.startswith("decoder.layers.0."):
@@ -160,7 +152,7 @@ def test_two_layers_norms_stacked_and_an_optimizer_beside_them(tmp_path: Path, c
     stacked["chained_0.optimizer.state.exp_avg_sq.output_layer.weight"] = np.zeros((4, 3), np.float32)
     writer.save_distributed(tmp_path / "source", stacked, {"args": writer.namespace(**args)})
     convert(tmp_path / "source", tmp_path / "out")
-    assert_same_leaves(tmp_path / "out", "llamaish")
+    assert_same(tmp_path / "out", "llamaish")
     assert "skipped: 2 x optimizer state" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["skipped"] == {"optimizer state": 2}
 
@@ -200,26 +192,26 @@ def nemo2(source: Path, arrays: Arrays) -> None:
 
 @pytest.mark.parametrize("write", [bridge, nemo2])
 def test_other_tools_directories(write: Callable[[Path, Arrays], None], tmp_path: Path) -> None:
-    arrays, _ = fixture("llamaish")
+    arrays = megatron.tensors("llamaish")
     write(tmp_path / "source", arrays)
     convert(tmp_path / "source", tmp_path / "out")
-    assert_same_leaves(tmp_path / "out", "llamaish")
+    assert_same(tmp_path / "out", "llamaish")
     assert read_model_config(tmp_path / "out").vocab_size == 500
 
 
 def test_nothing_states_the_architecture(tmp_path: Path) -> None:
-    arrays, _ = fixture("llamaish")
+    arrays = megatron.tensors("llamaish")
     writer.save_distributed(tmp_path / "source", arrays, {})
     with pytest.raises(UserError, match=r"does not state layers, d_model, n_heads, d_ff; give --arch layers=..."):
         convert(tmp_path / "source", tmp_path / "out")
     words = ["layers=4", "d_model=64", "n_heads=4", "n_groups=2", "d_ff=160", "tied=false", "vocab_size=500"]
     convert(tmp_path / "source", tmp_path / "out", words)
-    assert_same_leaves(tmp_path / "out", "llamaish")
+    assert_same(tmp_path / "out", "llamaish")
 
 
 def test_uneven_pipeline_stages(tmp_path: Path) -> None:
     """One layer in the first stage, three in the last: a stage's layers follow those of the one before it."""
-    arrays, args = fixture("llamaish")
+    arrays, args = megatron.tensors("llamaish"), megatron.args("llamaish")
     parallel = args | {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1}
     for stage, layers in enumerate(([0], [1, 2, 3])):
         model: Arrays = {}
@@ -232,12 +224,12 @@ def test_uneven_pipeline_stages(tmp_path: Path) -> None:
         content = {"args": writer.namespace(**parallel), "checkpoint_version": 3.0, "model": model}
         save_rank(tmp_path / "source", content, f"mp_rank_00_{stage:03d}")
     convert(tmp_path / "source", tmp_path / "out")
-    assert_same_leaves(tmp_path / "out", "llamaish")
+    assert_same(tmp_path / "out", "llamaish")
 
 
 def test_an_old_nemo_checkpoint_of_many_ranks(tmp_path: Path) -> None:
     """tp_rank_TT_pp_rank_PPP/model_weights.ckpt, with gate and up map in two matrices on every rank."""
-    arrays, _ = fixture("llamaish")
+    arrays = megatron.tensors("llamaish")
     source = tmp_path / "source"
     config = {
         "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 4, "num_query_groups": 2,
@@ -248,7 +240,7 @@ def test_an_old_nemo_checkpoint_of_many_ranks(tmp_path: Path) -> None:
     source.mkdir()
     (source / "model_config.yaml").write_text(yaml.safe_dump(config))
     flat = {}
-    split = split_gate(arrays, "linear_fc1.weight", "linear_fc1_2.weight")
+    split = separate_gate(arrays, "linear_fc1.weight", "linear_fc1_2.weight")
     for name, array in split.items():
         name = name.replace("linear_fc1_2", "dense_h_to_4h_2").replace("decoder.", "encoder.")
         name = name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
@@ -274,12 +266,12 @@ def test_an_old_nemo_checkpoint_of_many_ranks(tmp_path: Path) -> None:
             directory.mkdir()
             writer.save(directory / "model_weights.ckpt", own)
     convert(source, tmp_path / "out")
-    assert_same_leaves(tmp_path / "out", "llamaish")
+    assert_same(tmp_path / "out", "llamaish")
 
 
 def test_a_weight_in_two_stages(tmp_path: Path) -> None:
-    """Which of them is right is not for us to say; what holds no weights may be in every stage."""
-    _, args = fixture("llamaish")
+    """Nothing says which of them is right. Entries without weights may be in every stage."""
+    args = megatron.args("llamaish")
     norm = {"decoder.final_layernorm.weight": np.ones(64, np.float32)}
     for stage in range(2):
         model = norm | {"rotary_pos_emb.inv_freq": np.ones(8, np.float32)}
