@@ -302,6 +302,7 @@ def test_parameters_lie_on_the_first_device_unless_told_otherwise(saved: Path) -
         ({"vocab_size": 65, "padded_vocab_size": 65}, r"  embed: \(64, 16\) stored, \(65, 16\) wanted"),
         ({"qk_norm": True}, r"  layers/attn/k_norm/scale: nothing stored, \(2, 4\) wanted"),
         ({"layers": 3}, r"  layers/attn/k/kernel: \(2, .*\) stored, \(3, .*\) wanted"),
+        ({"tied": True}, r"  unembed: \(64, 16\) stored, nothing wanted"),
     ],
 )
 def test_parameters_that_do_not_fit(saved: Path, changes: dict, message: str) -> None:
@@ -309,9 +310,29 @@ def test_parameters_that_do_not_fit(saved: Path, changes: dict, message: str) ->
         load_params(saved, dataclasses.replace(MODEL, **changes))
 
 
+def test_an_unembedding_that_is_not_stored(tmp_path: Path) -> None:
+    tied = dataclasses.replace(MODEL, tied=True)
+    save_model(tmp_path / "model", tied, init_params(tied, 0))
+    with pytest.raises(UserError, match=r"  unembed: nothing stored, \(64, 16\) wanted"):
+        load_params(tmp_path / "model", MODEL)
+
+
+def test_all_that_does_not_fit_is_listed_by_name(saved: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_params(saved, dataclasses.replace(MODEL, d_ff=25, qk_norm=True, n_groups=1))
+    names = [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]]
+    attention, mlp = ("k/kernel", "k_norm/scale", "q_norm/scale", "v/kernel"), ("down", "gate", "up")
+    assert names == [f"layers/attn/{name}" for name in attention] + [f"layers/mlp/{name}/kernel" for name in mlp]
+
+
 def test_a_layer_that_is_not_stored(saved: Path) -> None:
-    with pytest.raises(UserError, match=r"  layers/attn/k/kernel: \(2, .*\) stored, \(1, .*\) wanted"):
-        load_params(saved, dataclasses.replace(MODEL, layers=1), keep_layers=(2,))
+    with pytest.raises(UserError, match=r"  layers/attn/k/kernel: \(2, .*\) stored, \(3, .*\) wanted"):
+        load_params(saved, dataclasses.replace(MODEL, layers=3), keep_layers=(0, 2, 1))
+
+
+def test_a_model_may_be_saved_over_another(saved: Path) -> None:
+    save_model(saved, MODEL, init_params(MODEL, 1))
+    jax.tree.map(np.testing.assert_array_equal, load_params(saved, MODEL), init_params(MODEL, 1))
 
 
 def test_a_vocabulary_may_take_all_stored_rows(saved: Path) -> None:
