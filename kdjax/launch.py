@@ -5,7 +5,7 @@ What follows `--` is a module and its arguments. Each process receives them with
 GPUs, each process gets --devices-per-process fake CPU devices. Ctrl-C and SIGTERM are sent to all processes. When one
 fails the others are stopped, and its exit code is returned.
 
-  kdjax launch -n 8 -- kdjax.train --config configs/gpt2b_nemotron8b.py --workdir runs/mine
+  kdjax launch -n 8 -- kdjax.train --config gpt2b_nemotron8b --workdir runs/mine
   JAX_PLATFORMS=cpu kdjax launch -n 2 --devices-per-process 4 -- kdjax.train --config ...
 
 To start processes on several machines, see scripts/slurm.sh and scripts/jobset.yaml, or use mpirun.

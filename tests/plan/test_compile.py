@@ -6,13 +6,15 @@ from typing import Any
 
 import jax
 import pytest
-from example_plans import FLAGS, compiled
+from example_plans import FLAGS, compiled, config
 
 import kdjax.plan.__main__ as command
 from kdjax.config import Config
+from kdjax.distributed import xla_flags
 from kdjax.model import param_shapes
 from kdjax.parallel import mesh as meshes
 from kdjax.plan import roofline, search, table
+from kdjax.plan.compile import make_plan
 from kdjax.plan.flops import matmul_flops
 from kdjax.plan.gpus import TARGETS, topology
 from kdjax.plan.roofline import Plan
@@ -91,6 +93,37 @@ def test_a_compiled_plan_is_printed_and_drawn(
     monkeypatch.setitem(TARGETS, "h100", dataclasses.replace(TARGETS["h100"], memory=2**30))
     assert command.main(words) == 1
     assert "DOES NOT FIT; limit: 90% of 1.0 GiB" in capsys.readouterr().out
+
+
+def test_compiler_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags that training would set, unless XLA_FLAGS sets them, and then the caller's options."""
+
+    class NotCompiled(Exception):
+        pass
+
+    class Step:
+        def lower(self, state: Any, batch: Any) -> "Step":
+            assert batch.topk_logits.shape == (16, 512, 7)
+            return self
+
+        def compile(self, options: dict[str, Any]) -> None:
+            raise NotCompiled(options)
+
+    def options_of(flags: str | None = None, **changes: Any) -> dict[str, Any]:
+        with pytest.raises(NotCompiled) as caught:
+            make_plan(config(**changes), "h100", 2, top_k=7, flags=flags, options={"xla_gpu_autotune_level": 3})
+        return caught.value.args[0]
+
+    monkeypatch.setattr("kdjax.plan.compile.make_train_step", lambda layout: Step())
+    overlap = xla_flags.compiler_options("overlap")
+    assert options_of() == overlap | {"xla_gpu_autotune_level": 3}
+    piped = options_of(mesh__pipe=2, mesh__data=1)
+    assert piped == xla_flags.compiler_options("pipeline") | {"xla_gpu_autotune_level": 3}
+    assert options_of("deterministic") == {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 3}
+    assert options_of("none") == {"xla_gpu_autotune_level": 3}
+    scheduler = "xla_gpu_enable_latency_hiding_scheduler"
+    monkeypatch.setenv("XLA_FLAGS", f"--{scheduler}=false")
+    assert options_of().keys() == overlap.keys() - {scheduler} | {"xla_gpu_autotune_level"}
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """What is read from XLA's text of a program: devices, loops, and the work that overlaps a collective."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,6 +178,18 @@ def test_updates_tuples_and_scattered_arrays() -> None:
     assert pair == Collective("all-gather", 4 * (8 + 12), 1, ((0, 1),))
     sizes = [work.nbytes for _, work in kernels(ASYNC)]
     assert sizes == [2 * whole, 2 * 64 * 64, whole + 64 * 64], "the last result is below 1 KiB"
+
+
+@pytest.mark.parametrize(
+    "name", ["bool_", "int8", "bfloat16", "float16", "uint16", "float32", "int32", "uint64", "float64"]
+)
+def test_bytes_of_each_dtype(name: str) -> None:
+    """XLA's names are pred, s8, bf16 and so on."""
+    kind, bits = re.fullmatch(r"([a-z]+)(\d*)_?", name).groups()
+    xla_name = {"bool": "pred", "int": "s", "uint": "u", "float": "f", "bfloat": "bf"}[kind] + bits
+    text = ASYNC.replace("f32[16,64]{1,0} reduce-scatter(%y)", f"{xla_name}[16,64]{{1,0}} reduce-scatter(%y)")
+    _, scattered, _ = collectives(text, 4)
+    assert scattered.nbytes == 4 * 16 * 64 * jnp.dtype(name).itemsize
 
 
 def test_a_collective_in_a_rare_branch_runs_at_least_once() -> None:

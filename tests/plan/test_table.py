@@ -56,3 +56,10 @@ def test_a_pipeline_that_sends_nothing_and_does_not_fit() -> None:
     (line,) = table._collective_lines(imagined(piped, collectives=[in_tick]))
     assert "over pipe " in line
     assert " 1 times in ticks " in line
+
+
+def test_slow_but_small_collectives_do_not_end_the_table() -> None:
+    small = Collective("all-gather", 2**20, 1, DATA_GROUPS_ACROSS_HOSTS)
+    large = Collective("all-reduce", 2**20, 1, TENSOR_GROUPS)
+    lines = table._collective_lines(imagined(config(), collectives=[small, large], mesh_shape=MESH | {"data": 2}))
+    assert [line.split()[0] for line in lines] == ["all-reduce", "and"]
