@@ -11,7 +11,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Without LLVM's optimisations programs compile several times faster; what XLA plans (buffers, collectives) is the same.
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
+    "--xla_backend_optimization_level=1",
     "--xla_llvm_disable_expensive_passes=true",
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])

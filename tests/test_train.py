@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import compiled_steps
 import jax
 import numpy as np
 import pytest
@@ -37,6 +38,14 @@ def run(config: Config, workdir: Path, stop: threading.Event | None = None) -> O
 def told(workdir: Path) -> list[dict[str, Any]]:
     """All of metrics.jsonl but what the clock says."""
     return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read(workdir)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_each_step_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_train_step", compiled_steps.train_step)
+        patch.setattr(train, "make_eval_step", compiled_steps.eval_step)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +181,7 @@ def test_changed_data_knobs_are_refused_unless_allowed(tmp_path: Path) -> None:
     config, workdir = toy.config(tmp_path), tmp_path / "run"
     run(config, workdir, StopAfter(1))
     other = configs.replace(config, data__seed=7)
-    with pytest.raises(UserError, match=r"data.seed: 1234 there, 7 now(.|\n)*resume.allow_data_change=True"):
+    with pytest.raises(UserError, match=r"data.seed: 1234 in the run, 7 now(.|\n)*resume.allow_data_change=True"):
         run(other, workdir)
     assert run(configs.replace(other, resume__allow_data_change=True), workdir).ended == "complete"
 
@@ -221,7 +230,7 @@ def test_non_finite_steps_are_left_out_and_end_the_run(tmp_path: Path) -> None:
         train__save_every=20,
         train__max_skipped_steps=3,
     )
-    with pytest.raises(UserError, match=r"not finite for 3 steps in a row, up to step \d+; a lower optim.lr"):
+    with pytest.raises(UserError, match=r"not finite for 3 steps in a row, up to step \d+; try a lower optim.lr"):
         run(config, tmp_path / "run")
     lines = metrics.read(tmp_path / "run", "train")
     assert [line["skipped"] for line in lines[-3:]] == [1, 1, 1]
@@ -274,15 +283,15 @@ def test_logging_knobs(tmp_path: Path) -> None:
 def test_one_entry_renormalised_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = configs.replace(toy.config(tmp_path, train__steps=3), data__top_k=1)
     run(config, tmp_path / "renormalized")
-    assert "the KD term is identically 0" in caplog.text
+    assert "the KD loss is always 0" in caplog.text
     assert {line["kd_loss"] for line in metrics.read(tmp_path / "renormalized")} == {0.0}
     caplog.clear()
     run(configs.replace(config, loss__tail="ghost"), tmp_path / "ghost")
-    assert "identically 0" not in caplog.text
+    assert "always 0" not in caplog.text
 
 
 def test_cudnn_is_refused_where_there_is_no_gpu(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model.attention = 'cudnn' needs an NVIDIA GPU, and this is cpu"):
+    with pytest.raises(UserError, match=r"model.attention = 'cudnn' needs an NVIDIA GPU, and this device is cpu"):
         run(toy.config(tmp_path, model__attention="cudnn"), tmp_path / "run")
 
 
@@ -373,5 +382,5 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
         assert process.poll() is None, process.communicate()[0]
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
-    assert f"taken up after step {done}" in output
+    assert f"resumed at step {done}" in output
     assert process.returncode == 130

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_problem as toy
+from compiled_steps import eval_step, train_step
 
 from kdjax.config import Config, MeshConfig
 from kdjax.config.validate import resolve
@@ -21,7 +22,7 @@ from kdjax.parallel import mesh as meshes
 from kdjax.training.layout import Layout
 from kdjax.training.optim import learning_rate, optimizer
 from kdjax.training.state import TrainState
-from kdjax.training.step import make_eval_step, make_train_step
+from kdjax.training.step import make_train_step
 from kdjax.types import Batch, UserError
 
 
@@ -42,7 +43,7 @@ def mesh_of(devices: int, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
 
 def one_step(config: Config, batch: Batch, *mesh_sizes: int) -> tuple[TrainState, dict[str, float]]:
     layout = Layout(config, mesh_of(*(mesh_sizes or (1,))))
-    state, metrics = make_train_step(layout)(layout.init_state(), meshes.put_rows(layout.mesh, batch))
+    state, metrics = train_step(layout)(layout.init_state(), meshes.put_rows(layout.mesh, batch))
     return state, {name: float(value) for name, value in metrics.items()}
 
 
@@ -142,7 +143,7 @@ def test_fully_masked_rows_do_not_dilute(config: Config) -> None:
 
 def evaluate(config: Config, devices: int, global_size: int) -> dict[str, float]:
     layout = Layout(config, mesh_of(devices))
-    step, params = make_eval_step(layout), layout.init_state().params
+    step, params = eval_step(layout), layout.init_state().params
     data = open_dataset(config.data.val, config.data, vocab_size=config.model.vocab_size)
     total: dict[str, Any] | None = None
     for batch in eval_batches(data, config.data, global_size=global_size, max_batches=None, rows=slice(0, global_size)):
@@ -240,7 +241,7 @@ def test_gathered_rows_train_alike_and_leave_out_what_they_cannot_tell(config: C
     for ours, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True):
         np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-6)
     mesh = mesh_of(1)
-    judged = make_eval_step(Layout(rows, mesh))(state.params, meshes.put_rows(mesh, batch))
+    judged = eval_step(Layout(rows, mesh))(state.params, meshes.put_rows(mesh, batch))
     assert float(judged["sft_loss"].mean) > 0
 
 
@@ -279,7 +280,7 @@ def test_each_device_holds_its_shards_of_the_state(config: Config) -> None:
             held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(tree))
             whole = sum(leaf.size for leaf in jax.tree.leaves(tree))
             assert share * whole <= held < 1.1 * share * whole, (held, whole)
-        state, _ = make_train_step(Layout(config, mesh))(state, meshes.put_rows(mesh, batch))
+        state, _ = train_step(Layout(config, mesh))(state, meshes.put_rows(mesh, batch))
 
 
 def test_parameters_are_gathered_once_a_step(config: Config) -> None:
