@@ -21,9 +21,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     config.model = model = ConfigDict()
-    model.init_from = placeholder(
-        str
-    )  # the other run's initial weights, converted; without them only shapes agree
+    model.init_from = placeholder(str)  # the other run's initial weights, converted; without them only shapes agree
     model.layers = 4
     model.d_model = 64
     model.n_heads = 4
