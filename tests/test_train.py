@@ -156,8 +156,8 @@ def test_a_directory_of_another_run_is_refused_with_the_difference(whole: tuple[
     config = configs.replace(toy.config(directory), optim__lr=5e-3, loss__sft_loss_weight=0.1)
     with pytest.raises(UserError) as error:
         run(config, directory / "run")
-    assert "optim.lr: 0.03 there, 0.005 now" in str(error.value)
-    assert "loss.sft_loss_weight: 0.4 there, 0.1 now" in str(error.value)
+    assert "optim.lr: 0.03 in the run, 0.005 now" in str(error.value)
+    assert "loss.sft_loss_weight: 0.4 in the run, 0.1 now" in str(error.value)
     assert "another --workdir" in str(error.value)
 
 
@@ -374,7 +374,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
         [*command, "--config.train.steps=3999"], cwd=ROOT, env=os.environ, text=True, capture_output=True, check=False
     )
     assert again.returncode == 2
-    assert "train.steps: 4000 there, 3999 now" in again.stderr
+    assert "train.steps: 4000 in the run, 3999 now" in again.stderr
     process = subprocess.Popen(
         command, cwd=ROOT, env=os.environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -105,14 +105,7 @@ def topk_kd_loss(
       UserError: a setting or an array cannot work; the message says why and what would.
     """
     objective = Objective(
-        kd_loss=kd_loss,
-        kd_loss_weight=kd_loss_weight,
-        sft_loss_weight=sft_loss_weight,
-        logits_scale=logits_scale,
-        target_logits_scale=target_logits_scale,
-        cross_tokenizer=cross_tokenizer,
-        tail=tail,
-        jsd_beta=jsd_beta,
+        kd_loss, kd_loss_weight, sft_loss_weight, logits_scale, target_logits_scale, cross_tokenizer, tail, jsd_beta
     )
     objective.check()
     student_logits = jnp.asarray(student_logits)
@@ -170,14 +163,7 @@ def linear_topk_kd_loss(
       UserError: a setting or an array cannot work; the message says why and what would.
     """
     objective = Objective(
-        kd_loss=kd_loss,
-        kd_loss_weight=kd_loss_weight,
-        sft_loss_weight=sft_loss_weight,
-        logits_scale=logits_scale,
-        target_logits_scale=target_logits_scale,
-        cross_tokenizer=cross_tokenizer,
-        tail=tail,
-        jsd_beta=jsd_beta,
+        kd_loss, kd_loss_weight, sft_loss_weight, logits_scale, target_logits_scale, cross_tokenizer, tail, jsd_beta
     )
     return linear_losses(
         objective,

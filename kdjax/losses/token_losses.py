@@ -39,8 +39,8 @@ def _forward(call: LossCall, logits: Float[Array, "*P W"], supervision: Supervis
 
     def sweep(logits: Array, supervision: Supervision) -> tuple[Picked, Array | None, Array]:
         rows = taught_rows(objective, vocabulary, logits, supervision)
-        whole = None if vocabulary.axis_names else supervision
-        picked, kd, _ = call.kernels.sweep(objective, rows, log_sum=objective.needs_log_sum, supervision=whole)
+        for_kd = None if vocabulary.axis_names else supervision  # kd has to wait until shards are joined
+        picked, kd, _ = call.kernels.sweep(objective, rows, log_sum=objective.needs_log_sum, supervision=for_kd)
         return picked, kd, rows.columns
 
     picked, kd, columns = _by_blocks(call, sweep, logits, supervision)
@@ -64,8 +64,8 @@ def _by_blocks(
 ) -> PyTree[Array]:
     """Returns f(logits, *arrays), whose rows are independent: block by block for XLA on a CPU, else all at once.
 
-    There XLA holds several float32 copies of what it works on, so let it work on one block of rows. N = 1024, V = 32768
-    on two cores, gradient with an SFT term: float32 69 ms and 3 MiB of temporaries; all at once 208 ms and 130 MiB.
+    On a CPU, XLA holds several float32 copies of what it works on, so it gets one block of rows at a time. N = 1024,
+    V = 32768 on two cores, gradient with an SFT term: 69 ms and 3 MiB of temporaries; all at once 208 ms and 130 MiB.
     """
     block = max(1, CPU_BLOCK_BYTES // (4 * logits.shape[-1]))
     leading = logits.shape[:-1]

@@ -1,4 +1,4 @@
-"""The vocabulary, whole or split over mesh axes, and the one sum that joins what its shards know of a position.
+"""The vocabulary, whole or split over mesh axes, and the all-reduce that joins what its shards have picked.
 
 Shard i of S holds the logit columns (rows of the unembedding) i*W .. i*W + W-1, where S*W >= V; columns from V on are
 padding, which enters no logsumexp and receives no gradient. A position needs from the other shards its K taught logits,

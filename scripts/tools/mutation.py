@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ TESTS = {  # package: the tests that must notice its mutants
     "losses": ["tests/losses"],
     "data": ["tests/data"],
     "training": ["tests/training", "tests/parallel", "tests/test_train.py"],
-    "checkpoint": ["tests/checkpoint", "tests/test_train.py"],
+    "checkpoint": ["tests/checkpoint"],
     "convert": ["tests/convert"],
 }
 PYTEST = ["-p", "no:cacheprovider", "--hypothesis-seed=0"]
@@ -68,11 +69,11 @@ def record(package: str, output: Path) -> int:
     measured = coverage.Coverage(data_file=None, source=[f"kdjax/{package}"])
     recorder = Recorder(measured)
     with measured.collect():
-        pytest.main([*PYTEST, "-W", "ignore:Module already imported", *TESTS[package]], plugins=[recorder])
+        status = pytest.main([*PYTEST, "-W", "ignore:Module already imported", *TESTS[package]], plugins=[recorder])
     data = measured.get_data()
     lines = {os.path.relpath(file): data.contexts_by_lineno(file) for file in data.measured_files()}
     output.write_text(json.dumps({"seconds": recorder.seconds, "lines": lines}))
-    return 0
+    return int(status)
 
 
 def tests_for(mutant: Mutant, baseline: dict[str, Any]) -> tuple[list[str], float]:
@@ -89,14 +90,14 @@ def tests_for(mutant: Mutant, baseline: dict[str, Any]) -> tuple[list[str], floa
     return chosen, total
 
 
-def run(copy: Path, *command: str, timeout_s: float | None = None, output: int | None = subprocess.DEVNULL) -> int:
-    """Runs Python in a copy of the repository and returns its exit status."""
+def run(copy: Path, *command: str, timeout_s: float | None = None) -> int:
+    """Runs Python in a copy of the repository, without output, and returns its exit status."""
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=copy,
         env={**os.environ, "PYTHONPATH": str(copy)},
-        stdout=output,
-        stderr=output,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
@@ -106,23 +107,48 @@ def run(copy: Path, *command: str, timeout_s: float | None = None, output: int |
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def borrowed(copies: queue.Queue[Path]) -> Iterator[Path]:
+    """Waits for a copy of the repository that nobody uses, and gives it back."""
+    copy = copies.get()
+    try:
+        yield copy
+    finally:
+        copies.put(copy)
+
+
+def measure(package: str, kept: Path, copies: queue.Queue[Path]) -> dict[str, Any]:
+    """Returns what `record` finds, after a second run has shown that the tests pass when run by name, fastest first."""
+    if not kept.exists():
+        new = kept.with_suffix(".new")
+        with borrowed(copies) as copy:
+            failed = run(copy, __file__, package, "--record", str(new))
+            if not failed:
+                seconds = json.loads(new.read_text())["seconds"]
+                failed = run(copy, "-m", "pytest", *PYTEST, *sorted(seconds, key=lambda test: seconds[test]))
+        if failed:
+            sys.exit(f"error: {package}: {' '.join(TESTS[package])} fail on unchanged code")
+        new.rename(kept)
+    return dict(json.loads(kept.read_text()))
+
+
 def outcome(mutant: Mutant, baseline: dict[str, Any], copies: queue.Queue[Path]) -> str:
     """Returns "killed", "survived" or "timeout" (which counts as killed)."""
     tests, seconds = tests_for(mutant, baseline)
     if not tests:
         return "survived"
-    copy = copies.get()
-    module, original = copy / mutant.module, (copy / mutant.module).read_text()
-    module.write_text(mutant.code)
-    os.utime(module, (next(SERIAL),) * 2)  # Python keeps compiled modules by size and whole seconds
-    try:
-        failed = run(copy, "-m", "pytest", "-x", *PYTEST, *tests, timeout_s=TIMEOUT_S + SLOWER * seconds)
-        return "killed" if failed else "survived"
-    except subprocess.TimeoutExpired:
-        return "timeout"
-    finally:
-        module.write_text(original)
-        copies.put(copy)
+    with borrowed(copies) as copy:
+        module = copy / mutant.module
+        original = module.read_text()
+        module.write_text(mutant.code)
+        os.utime(module, (next(SERIAL),) * 2)  # Python keeps compiled modules by size and whole seconds
+        try:
+            failed = run(copy, "-m", "pytest", "-x", *PYTEST, *tests, timeout_s=TIMEOUT_S + SLOWER * seconds)
+            return "killed" if failed else "survived"
+        except subprocess.TimeoutExpired:
+            return "timeout"
+        finally:
+            module.write_text(original)
 
 
 def copy_repository(work: Path, number: int) -> Path:
@@ -147,42 +173,39 @@ def digest(root: Path, package: str) -> str:
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
-def unchanged(package: str, kept: Path, copy: Path) -> dict[str, Any]:
-    """Returns what `record` finds, after a second run has shown that the tests pass when run by name, fastest first."""
-    if not kept.exists():
-        print(f"{package}: running its tests on unchanged code, twice", flush=True)
-        run(copy, __file__, package, "--record", str(kept), output=None)
-        seconds = json.loads(kept.read_text())["seconds"]
-        if run(copy, "-m", "pytest", *PYTEST, *sorted(seconds, key=lambda test: seconds[test]), output=None):
-            kept.unlink()
-            sys.exit(f"error: {package}: mutants cannot be told from these failures")
-    return dict(json.loads(kept.read_text()))
+def read_ledger(ledger: Path, versions: Collection[str]) -> dict[str, str]:
+    """Returns the outcomes known by key; survivors of other versions of package and tests are not known."""
+    lines = ledger.read_text().splitlines() if ledger.exists() else []
+    found = [json.loads(line) for line in lines]
+    return {key: result for key, result, version in found if result != "survived" or version in versions}
 
 
-def try_package(package: str, args: argparse.Namespace, copies: list[Path]) -> dict[str, str]:
-    """Tries a sample of a package's mutants and returns their outcomes by key; args.work keeps those known already."""
-    version, ledger = digest(copies[0], package), args.work / "outcomes.jsonl"
-    known = {}
-    for line in ledger.read_text().splitlines() if ledger.exists() else []:
-        key, result, tested = json.loads(line)
-        known[key] = None if result == "survived" and tested != version else result
-    chosen = sample(copies[0], package, args.sample, args.seed)
-    waiting = [mutant for mutant in chosen if not known.get(mutant.key)]
-    recorded = unchanged(package, args.work / f"{version}.json", copies[0]) if waiting else {}
-    free: queue.Queue[Path] = queue.Queue()
-    for copy in copies:
-        free.put(copy)
-    with Progress(package, len(waiting), "mutant") as progress, ThreadPoolExecutor(len(copies)) as pool:
-        running = {pool.submit(outcome, mutant, recorded, free): mutant.key for mutant in waiting}
+def try_packages(packages: Sequence[str], args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Tries a sample of each package's mutants; returns their outcomes by package and key. args.work keeps outcomes."""
+    copies: queue.Queue[Path] = queue.Queue()
+    for number in range(args.workers):
+        copies.put(root := copy_repository(args.work, number))
+    versions, ledger = {package: digest(root, package) for package in packages}, args.work / "outcomes.jsonl"
+    known = read_ledger(ledger, versions.values())
+    chosen = {package: sample(root, package, args.sample, args.seed) for package in packages}
+    waiting = {package: [m for m in found if m.key not in known] for package, found in chosen.items()}
+    with ThreadPoolExecutor(args.workers) as pool:
         try:
-            for future in as_completed(running):
-                known[running[future]] = future.result()
-                with ledger.open("a") as file:
-                    print(json.dumps([running[future], future.result(), version]), file=file)
-                progress.add(1, future.result())
+            print(f"running the tests of {', '.join(packages)} on unchanged code", flush=True)
+            pending = {
+                p: pool.submit(measure, p, args.work / f"{versions[p]}.json", copies) for p in packages if waiting[p]
+            }
+            baselines = {package: future.result() for package, future in pending.items()}
+            running = {pool.submit(outcome, m, baselines[p], copies): (p, m) for p in baselines for m in waiting[p]}
+            with Progress("mutants", len(running), "mutant") as progress, ledger.open("a") as file:
+                for future in as_completed(running):
+                    package, mutant = running[future]
+                    known[mutant.key] = future.result()
+                    print(json.dumps([mutant.key, future.result(), versions[package]]), file=file, flush=True)
+                    progress.add(1, f"{package}: {future.result()}")
         finally:
             pool.shutdown(cancel_futures=True)
-    return {mutant.key: str(known[mutant.key]) for mutant in chosen}
+    return {package: {mutant.key: known[mutant.key] for mutant in found} for package, found in chosen.items()}
 
 
 def report(results: dict[str, dict[str, str]]) -> bool:
@@ -214,9 +237,7 @@ def main() -> int:
     if args.record:
         return record(args.packages[0], args.record)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    copies = [copy_repository(args.work, number) for number in range(args.workers)]
-    enough = report({package: try_package(package, args, copies) for package in args.packages or TESTS})
-    return 0 if enough else 1
+    return 0 if report(try_packages(args.packages or [*TESTS], args)) else 1
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from loss_oracle import Inputs, assert_close, jit, logsumexp, make_inputs, oracle
+from loss_oracle import Inputs, assert_close, jit, logsumexp, make_inputs, oracle, quick_compilation
 
 from kdjax.losses.closed_form import Picked, evaluate, term_cotangents
 from kdjax.losses.objective import Objective, Supervision
@@ -38,7 +38,7 @@ CASES: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = 
 INTERPRETED = pallas.Kernels(interpret=True)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("dtype",))
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("dtype",), compiler_options=quick_compilation())
 def interpret(
     objective: Objective, size: int, logits: jax.Array, supervision: Supervision, weight: jax.Array, dtype: Any = None
 ) -> tuple[Any, jax.Array]:

@@ -121,7 +121,7 @@ def test_loss_and_gradient_whatever_the_split(case: Case, tmp_path: Path) -> Non
 
 
 def the_mesh(case: Case) -> jax.sharding.Mesh:
-    sizes = MeshConfig(*case.mesh)
+    sizes = MeshConfig(*case.mesh).sizes
     return meshes.make_mesh(sizes, jax.devices()[: int(np.prod(case.mesh))])
 
 

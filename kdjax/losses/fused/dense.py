@@ -1,7 +1,4 @@
-"""The losses and gradients of a chunk of positions by way of its logits, which exist until the gradients are made.
-
-The letter C counts the positions of the chunk.
-"""
+"""The losses and gradients of a chunk of C positions from its logits, which exist until the gradients are computed."""
 
 from typing import NamedTuple
 
@@ -31,8 +28,8 @@ def evaluate_chunk(
     dtype = computation_dtype(hidden_CxD)
     logits_CxW = jnp.einsum("CD,WD->CW", hidden_CxD, unembed_WxD, preferred_element_type=dtype)
     rows = taught_rows(objective, vocabulary, logits_CxW, supervision)
-    whole = None if vocabulary.axis_names else supervision
-    picked, kd, exponentials = call.kernels.sweep(objective, rows, log_sum=True, supervision=whole, store=True)
+    for_kd = None if vocabulary.axis_names else supervision  # kd has to wait until shards are joined
+    picked, kd, exponentials = call.kernels.sweep(objective, rows, log_sum=True, supervision=for_kd, store=True)
     picked, rows = join(objective, vocabulary, picked, rows, supervision)
     losses = evaluate(objective, picked, supervision, kd)
     return losses, _agreement(objective, picked, supervision), Residuals(rows, picked, exponentials)
@@ -70,7 +67,7 @@ def differentiate_chunk(
 def _agreement(
     objective: Objective, picked: Picked, supervision: Supervision
 ) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
-    """Returns whether the student's largest logit is at the teacher's first id, and its mass on the K ids."""
+    """Returns whether the student's largest logit is at the teacher's most likely id, and its mass on the K ids."""
     assert picked.row_max is not None
     assert picked.log_sum is not None
     if objective.rank_match:

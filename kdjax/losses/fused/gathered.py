@@ -1,4 +1,4 @@
-"""The losses and gradients of a chunk of positions from the K rows of the unembedding that the teacher names.
+"""The losses and gradients of a chunk of C positions from the K rows of the unembedding that the teacher names.
 
 Without an SFT term and without a tail, the softmax runs over the K entries alone: nothing else of the vocabulary enters
 the loss, and 6 K D operations per token take the place of the dense path's 6 V D.
