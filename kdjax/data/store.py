@@ -137,7 +137,7 @@ class RecordStore:
         self.files = files
         self.selection = selection
         self.requirements = requirements
-        self._damaged: set[int] = set()
+        self._damaged: dict[int, str] = {}  # the error of each damaged record
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -157,13 +157,14 @@ class RecordStore:
 
         Raises UserError if more than data.max_bad_records records are damaged.
         """
-        if i in self._damaged:
-            return None
-        try:
-            return self._read(i)
-        except RecordError as error:
-            self._skip(i, error)
-            return None
+        message = self._damaged.get(i)
+        if message is None:
+            try:
+                return self._read(i)
+            except RecordError as error:
+                message = str(error)
+        self._skip(i, message)
+        return None
 
     def _read(self, i: int) -> tuple[Record, Findings]:
         where = self.where(i)
@@ -172,14 +173,15 @@ class RecordStore:
             raise RecordError(f"{where}: has changed since the file was indexed; start the run again")
         return check(record.truncated(int(self.selection.lengths[i])), self.requirements, where)
 
-    def _skip(self, i: int, error: RecordError) -> None:
+    def _skip(self, i: int, message: str) -> None:
+        """Counts a damaged record once, and raises whenever one is read while there are too many."""
         limit = self.requirements.data.max_bad_records
         with self._lock:
             is_new = i not in self._damaged
-            self._damaged.add(i)
+            self._damaged[i] = message
             count = len(self._damaged)
         if count > limit:
             counts = f" (damaged records so far: {count}, data.max_bad_records = {limit})" if limit else ""
-            raise UserError(f"{error}{counts}") from error
+            raise UserError(f"{message}{counts}")
         if is_new:
-            log.warning("record skipped (%d of at most %d): %s", count, limit, error)
+            log.warning("record skipped (%d of at most %d): %s", count, limit, message)

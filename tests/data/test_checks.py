@@ -191,7 +191,7 @@ def test_merging_keeps_the_order_of_equals():
 
 @pytest.mark.parametrize("logits", [[-1.0, 0.0], [0.0, -1.0]])
 def test_repairs_leave_their_input_alone(logits):
-    given = np.array([logits, [-2.0, -3.0]], np.float32), np.array([[7, 7], [5, 6]], np.int32)
+    given = np.array([logits, [-3.0, -2.0]], np.float32), np.array([[7, 7], [5, 6]], np.int32)
     before = [array.copy() for array in given]
     sort_entries(*given, strict=False)
     _, _, count = merge_duplicates(*given, np.array([True, True]), strict=False)

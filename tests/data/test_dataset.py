@@ -151,6 +151,10 @@ def test_damage_beyond_the_limit_stops_the_run(tmp_path):
     message = refused(tmp_path, damaged_set(), max_bad_records=1)
     for part in ("record 4: topk_logits[2][0] = nan", "damaged records so far: 2", "data.max_bad_records = 1"):
         assert part in message
+    dataset = open_records(tmp_path, damaged_set(), verify_records=1)
+    for _ in range(2):  # each thread that reads ahead must see it, not only the first
+        with pytest.raises(UserError, match=r"record 2: labels\[4\] = 97"):
+            dataset[1]
 
 
 def test_damage_found_later_is_counted_once_whatever_the_threads(tmp_path):
