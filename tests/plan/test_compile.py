@@ -1,6 +1,7 @@
 """Training steps compiled for GPUs that are not here: memory, operations and collectives."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from kdjax.distributed import xla_flags
 from kdjax.model import param_shapes
 from kdjax.parallel import mesh as meshes
 from kdjax.plan import roofline, search, table
-from kdjax.plan.compile import make_plan
+from kdjax.plan.compile import compile_only, make_plan
 from kdjax.plan.flops import matmul_flops
 from kdjax.plan.gpus import TARGETS, topology
 from kdjax.plan.roofline import Plan
@@ -124,6 +125,15 @@ def test_compiler_options(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = "xla_gpu_enable_latency_hiding_scheduler"
     monkeypatch.setenv("XLA_FLAGS", f"--{scheduler}=false")
     assert options_of().keys() == overlap.keys() - {scheduler} | {"xla_gpu_autotune_level"}
+
+
+def test_nothing_but_the_cpu_is_used_and_nothing_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates: dict[str, Any] = {}
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    monkeypatch.setattr("kdjax.cli.stay_on_host", lambda: updates.__setitem__("platform", "host"))
+    compile_only()
+    assert updates == {"platform": "host", "jax_enable_compilation_cache": False}
 
 
 @pytest.mark.slow

@@ -125,6 +125,14 @@ def test_kernels_and_their_bytes() -> None:
     assert kernels(program(), branch_share=0.5, on_chip=11) == found
 
 
+def test_branches_in_a_list() -> None:
+    """As XLA prints a conditional on an integer."""
+    listed = program().replace("true_computation=%due, false_computation=%idle", "branch_computations={%due, %idle}")
+    assert listed != program()
+    assert collectives(listed, 8, branch_share=0.5) == collectives(program(), 8, branch_share=0.5)
+    assert kernels(listed, branch_share=0.5) == kernels(program(), branch_share=0.5)
+
+
 @pytest.mark.parametrize(
     ("written", "groups"),
     [

@@ -162,6 +162,24 @@ def test_rough_communication_of_parameters(axis: str, nbytes: float) -> None:
     assert search.rough_step_s(changed, mesh, card, held) - compute_s == pytest.approx(nbytes * 7 / 8 / 1e9)
 
 
+@pytest.mark.parametrize(("per_host", "ports"), [(1, 1), (2, 1), (4, 2), (8, None)])
+def test_rough_communication_across_hosts(per_host: int, ports: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the ports of those devices of a host that are in the ring, at least one; within a host over NVLink."""
+    monkeypatch.setattr(search, "DEVICES_PER_HOST", per_host)
+    card = dataclasses.replace(TARGETS["h100"], memory_bandwidth=10**40, nvlink=1e40, port=1e8)
+    held = {"parameters": 0, "gradients": 0, "parameters, gathered and rounded": 10**9}
+    changed = config(mesh__data=1, mesh__fsdp=4, mesh__tensor=2, model__remat="dots")
+    mesh = meshes.make_mesh(changed.mesh.sizes, jax.devices())
+
+    def ring_s(port: float) -> float:
+        target = dataclasses.replace(card, port=port)
+        return search.rough_step_s(changed, mesh, target, held) - search.rough_step_s(changed, mesh, target, empty)
+
+    empty = dict.fromkeys(held, 0)
+    assert ring_s(1e8) == pytest.approx(1e9 * 3 / 4 / (ports * 1e8) if ports else 0, abs=1e-12)
+    assert ring_s(1e40) == pytest.approx(0, abs=1e-12)
+
+
 def test_one_line_and_the_flags_of_a_plan() -> None:
     plan = imagined(config(mesh__pipe=2, mesh__data=4, mesh__interleave=1, batch__microbatch_size=2), 3 * 2**29)
     chosen = "pipe 2 x data 4 x fsdp 1 x tensor 1 interleave 1 rows 2 remat layer"
