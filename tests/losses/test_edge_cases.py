@@ -237,7 +237,7 @@ def test_clamped_tail_against_finite_differences(implementation: str, kd_loss: s
     inputs = clamped_inputs()
     with jax.enable_x64(True):
 
-        @jit
+        @jax.jit
         def total(z: jax.Array) -> jax.Array:
             settings = {"kd_loss": kd_loss, "tail": "ghost", "log_sum_exp_logits": inputs.log_sum_exp_logits}
             return topk_kd_loss(z, *inputs.teaching, implementation=implementation, **settings)[0].sum()

@@ -38,7 +38,6 @@ CASES: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = 
 INTERPRETED = pallas.Kernels(interpret=True)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("dtype",), compiler_options=quick_compilation())
 def interpret(
     objective: Objective, size: int, logits: jax.Array, supervision: Supervision, weight: jax.Array, dtype: Any = None
 ) -> tuple[Any, jax.Array]:
@@ -57,6 +56,9 @@ def interpret(
     return evaluate(objective, picked, supervision, kd), gradient
 
 
+compiled = jax.jit(interpret, static_argnums=(0, 1), static_argnames=("dtype",), compiler_options=quick_compilation())
+
+
 def supervision_of(inputs: Inputs) -> Supervision:
     return Supervision(*map(jnp.asarray, (*inputs.teaching, inputs.log_sum_exp_logits)))
 
@@ -64,7 +66,7 @@ def supervision_of(inputs: Inputs) -> Supervision:
 def run(inputs: Inputs, size: int | None = None, dtype: Any = None, **settings: Any) -> tuple[Any, np.ndarray]:
     logits, weight = jnp.asarray(inputs.logits), jnp.asarray(inputs.weight)
     size = size or inputs.logits.shape[-1]
-    losses, gradient = interpret(Objective(**settings), size, logits, supervision_of(inputs), weight, dtype=dtype)
+    losses, gradient = compiled(Objective(**settings), size, logits, supervision_of(inputs), weight, dtype=dtype)
     return [np.asarray(x) for x in losses], np.asarray(gradient)
 
 
@@ -203,16 +205,18 @@ def test_many_entries_are_merged_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     inputs = make_inputs(8, (1, 3, 17, 40), duplicates=True)
     inputs.labels[:] = inputs.topk_token_ids[..., -1]
     monkeypatch.setattr(pallas, "PAIRS", 512)  # 8 of the 64 at a time
-    interpret.clear_cache()
+    compiled.clear_cache()
     assert_right(inputs, "float32", run(inputs, **settings), **settings)
-    interpret.clear_cache()
+    compiled.clear_cache()
 
 
 def test_under_vmap() -> None:
     inputs = make_inputs(9, (4, 3, 61, 5))
     whole = run(inputs, sft_loss_weight=0.4)
     mapped = functools.partial(interpret, Objective(sft_loss_weight=0.4), 61)
-    rows = jax.vmap(jax.vmap(mapped))(jnp.asarray(inputs.logits), supervision_of(inputs), jnp.asarray(inputs.weight))
+    rows = jit(jax.vmap(jax.vmap(mapped)))(
+        jnp.asarray(inputs.logits), supervision_of(inputs), jnp.asarray(inputs.weight)
+    )
     for ours, expected in zip(jax.tree.leaves(rows), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
@@ -261,7 +265,7 @@ def test_under_shard_map() -> None:
     mesh = Mesh(np.array(jax.devices()), ("data",))
     f = functools.partial(interpret, Objective(sft_loss_weight=0.4), 61)
     unchecked = jit(jax.shard_map(f, mesh=mesh, in_specs=split, out_specs=split, check_vma=False))
-    for ours, whole in zip(jax.tree.leaves(unchecked(*arguments)), jax.tree.leaves(f(*arguments)), strict=True):
+    for ours, whole in zip(jax.tree.leaves(unchecked(*arguments)), jax.tree.leaves(jit(f)(*arguments)), strict=True):
         np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-6)
 
 

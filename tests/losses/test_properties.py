@@ -134,7 +134,7 @@ def test_finite_differences(settings: dict[str, Any]) -> None:
     inputs = make_inputs(1, SHAPE, "float64")
     with jax.enable_x64(True):
 
-        @jit
+        @jax.jit
         def mix(z: jax.Array) -> jax.Array:
             lse = inputs.log_sum_exp_logits
             loss, kd, sft = topk_kd_loss(z, *inputs.teaching, log_sum_exp_logits=lse, **settings)
@@ -143,7 +143,7 @@ def test_finite_differences(settings: dict[str, Any]) -> None:
 
         jax.test_util.check_grads(mix, (inputs.logits,), order=1, modes=["rev"], rtol=1e-6, atol=1e-8)
 
-        @jit
+        @jax.jit
         def linear(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
             lse = inputs.log_sum_exp_logits
             arguments = (*inputs.teaching, inputs.weight)
