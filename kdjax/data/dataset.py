@@ -58,6 +58,11 @@ class Dataset:
         return len(self._store)
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each record."""
+        return self._store.selection.lengths.tolist()
+
+    @property
     def bad_records(self) -> int:
         """Number of damaged records met so far, each counted once. Each is read as a record that is all masked."""
         return self._store.bad_records

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
 
 from kdjax.data.errors import explain_os_errors
 from kdjax.data.shards.record_bytes import Layout, VocabularyOrder
@@ -54,7 +55,7 @@ class CacheManifest:
     source: dict[str, Any] = dataclasses.field(default_factory=dict)  # how the cache was made; free form
     has_label_log_probs: bool = False
     has_offsets: bool = False
-    first_ids: str = ""  # of the vocabulary order, as base64 of little-endian int32
+    first_ids: str = ""  # of the vocabulary order: base64 of a zstd frame of little-endian int32
     shards: tuple[ShardEntry, ...] = ()
 
     @property
@@ -68,7 +69,7 @@ class CacheManifest:
     @property
     def layout(self) -> Layout:
         """What the records have in common."""
-        first = np.frombuffer(base64.b64decode(self.first_ids), "<i4").astype(np.int64)
+        first = _decode_ids(self.first_ids, self.vocab_size) if self.first_ids else np.zeros(0, np.int64)
         return Layout(
             VocabularyOrder(self.vocab_size, first), self.values == "float32", tuple(self.target_logits_scales)
         )
@@ -76,7 +77,19 @@ class CacheManifest:
 
 def encode_ids(ids: np.ndarray) -> str:
     """Returns ids as the manifest stores them."""
-    return base64.b64encode(ids.astype("<i4").tobytes()).decode()
+    return base64.b64encode(zstandard.compress(ids.astype("<i4").tobytes(), 19)).decode()
+
+
+def _decode_ids(text: str, vocab_size: int) -> np.ndarray:
+    """Returns the ids that `encode_ids` stored. Raises UserError unless they are different ids of the vocabulary."""
+    try:
+        octets = zstandard.ZstdDecompressor().decompress(base64.b64decode(text), max_output_size=4 * vocab_size)
+        ids = np.frombuffer(octets, "<i4").astype(np.int64)
+    except (ValueError, zstandard.ZstdError) as error:
+        raise UserError(f"{MANIFEST}: first_ids cannot be read ({error}); copy the manifest again") from error
+    if len(np.unique(ids)) != len(ids) or (len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size):
+        raise UserError(f"{MANIFEST}: first_ids are not different ids below {vocab_size}; copy the manifest again")
+    return ids
 
 
 def write_manifest(directory: Path, manifest: CacheManifest) -> None:
