@@ -91,7 +91,7 @@ def _draw_communication(axes: Any, plan: Plan) -> None:
         axes.barh(row, seconds - hidden, color=TIME["exposed communication"], height=0.7)
         axes.barh(row, hidden, left=seconds - hidden, color=TIME["hidden communication"], height=0.7)
     axes.set(yticks=range(len(rows)), xlim=(0, None))
-    axes.xaxis.set_major_locator(pyplot().MaxNLocator(5))
+    axes.xaxis.set_major_locator(cli.pyplot().MaxNLocator(5))
     axes.xaxis.set_major_formatter("{x:g} s")
     axes.set_yticklabels([label for label, _ in rows], fontsize=8)
     axes.set_title("communication, by mesh axes" if rows else "no communication", fontsize=10)
@@ -113,7 +113,7 @@ def _draw_ticks(axes: Any, schedule: Schedule, gpipe: bool) -> None:
     stages = range(schedule.stages)
     axes.set(xlim=(0, shown), ylim=(schedule.stages, 0), xlabel="tick", yticks=[stage + 0.45 for stage in stages])
     axes.set_yticklabels([f"stage {stage}" for stage in stages], fontsize=8)
-    axes.xaxis.set_major_locator(pyplot().MultipleLocator(2))
+    axes.xaxis.set_major_locator(cli.pyplot().MultipleLocator(2))
     more = f"; the first {shown} of {last} ticks" if shown < last else ""
     axes.set_title(
         f"microbatches in the pipeline: forward above (blue), backward below (orange), idle grey; bubble "
