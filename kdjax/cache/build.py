@@ -22,12 +22,13 @@ import numpy as np
 from kdjax.cache.info import summarise
 from kdjax.cache.teacher import Targets, TeacherRows, Wanted, make_targets_step
 from kdjax.cache.text import TOKENIZER_DIRECTORY, Example, Tokenizer, read_examples
-from kdjax.cache.writer import SHARD_TOKENS, CacheWriter, plan_shards
+from kdjax.cache.writer import SHARD_TOKENS, CacheWriter, is_complete, plan_shards
 from kdjax.checkpoint import load_params
 from kdjax.checkpoint.model_directory import read_model_config
 from kdjax.cli import Progress
 from kdjax.config import BatchConfig, Config, DataConfig, MeshConfig, ModelConfig
 from kdjax.config.validate import resolve_model, validate_split
+from kdjax.convert.provenance import read_provenance
 from kdjax.data.packing import pack_rows
 from kdjax.data.shards.manifest import TARGETS, CacheManifest, encode_ids
 from kdjax.data.shards.reader import Cache
@@ -90,11 +91,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def build(arguments: argparse.Namespace, texts: Sequence[Path], out: Path) -> None:
     """Builds the cache in all processes together."""
-    wanted = _wanted(arguments)
     model = dataclasses.replace(
         resolve_model(read_model_config(arguments.teacher)), dtype=arguments.dtype, remat="none"
     )
     _check_settings(arguments, model)
+    wanted = _wanted(arguments)
     for path in texts:
         if not path.is_file():
             raise UserError(f"{path}: there is no such file; --text takes files")
@@ -108,8 +109,11 @@ def build(arguments: argparse.Namespace, texts: Sequence[Path], out: Path) -> No
         np.bincount(np.concatenate([example.ids for example in examples]), minlength=model.vocab_size)
     )
     settings = _settings(arguments, texts, tokenizer, examples)
-    manifest = _manifest(arguments, wanted, model, tokenizer, order, max(lengths))
+    manifest = _manifest(arguments, settings, wanted, model, tokenizer, order, max(lengths))
     consensus.check_same({"the settings": json.dumps(settings), "the text": _digest(examples)})
+    if is_complete(out, settings):
+        print(f"{out} is complete already")
+        return
     if consensus.is_process_zero():
         CacheWriter(out, manifest, settings)  # refuses before the teacher is read
     consensus.wait_for_all("the cache is begun")
@@ -222,13 +226,21 @@ def _read(texts: Sequence[Path], tokenizer: Tokenizer, length: int) -> list[Exam
 
 def _settings(
     arguments: argparse.Namespace, texts: Sequence[Path], tokenizer: Tokenizer, examples: Sequence[Example]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Returns all that decides the content of the records."""
     return {name: getattr(arguments, name) for name in DECISIVE} | {
-        "teacher": str(arguments.teacher.resolve()),
+        "teacher": arguments.teacher.resolve().name,
+        "teacher_sha256": _teacher_sha256(arguments.teacher),
         "tokenizer": tokenizer.sha256,
-        "text": _digest(examples),
+        "text": [path.name for path in texts],
+        "text_digest": _digest(examples),
     }
+
+
+def _teacher_sha256(teacher: Path) -> str | None:
+    """Returns a digest of the digests that a converted model's provenance.json has of its parameters, if it has any."""
+    recorded = read_provenance(teacher).get("leaves")
+    return hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest() if recorded else None
 
 
 def _digest(examples: Iterable[Example]) -> str:
@@ -240,6 +252,7 @@ def _digest(examples: Iterable[Example]) -> str:
 
 def _manifest(
     arguments: argparse.Namespace,
+    settings: dict[str, Any],
     wanted: Wanted,
     model: ModelConfig,
     tokenizer: Tokenizer,
@@ -255,9 +268,10 @@ def _manifest(
         top_p=arguments.top_p,
         values="float32" if arguments.lossless else "quantised",
         target_logits_scales=wanted.scales,
-        teacher=arguments.teacher.resolve().name,
+        teacher=settings["teacher"],
+        teacher_sha256=settings["teacher_sha256"],
         tokenizer_sha256=tokenizer.sha256,
-        source={"text": [path.name for path in arguments.text], "dtype": arguments.dtype, "seed": arguments.seed},
+        source=settings,
         has_label_log_probs=arguments.label_log_probs,
         has_offsets=arguments.offsets,
         first_ids=encode_ids(order.first),
