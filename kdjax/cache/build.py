@@ -36,7 +36,7 @@ from kdjax.data.shards.record_bytes import StoredRecord, VocabularyOrder
 from kdjax.distributed import cluster, consensus, processes, watchdog
 from kdjax.model import Params
 from kdjax.parallel import mesh as meshes
-from kdjax.parallel.axes import AXES
+from kdjax.parallel.axes import AXES, PIPE
 from kdjax.training.layout import Layout
 from kdjax.types import UserError
 
@@ -91,9 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def build(arguments: argparse.Namespace, texts: Sequence[Path], out: Path) -> None:
     """Builds the cache in all processes together."""
-    model = dataclasses.replace(
-        resolve_model(read_model_config(arguments.teacher)), dtype=arguments.dtype, remat="none"
-    )
+    model = teacher_model(read_model_config(arguments.teacher), arguments.dtype)
     _check_settings(arguments, model)
     wanted = _wanted(arguments)
     for path in texts:
@@ -101,8 +99,9 @@ def build(arguments: argparse.Namespace, texts: Sequence[Path], out: Path) -> No
             raise UserError(f"{path}: there is no such file; --text takes files")
     tokenizer = Tokenizer(arguments.tokenizer or _teachers_tokenizer(arguments.teacher))
     _check_tokenizer(tokenizer, model)
-    layout = _layout(arguments, model)
-    examples = _read(texts, tokenizer, arguments.sequence_length)
+    length = arguments.sequence_length
+    layout = build_layout(model, length, arguments.mesh, arguments.microbatch_size, arguments.microbatches)
+    examples = _read(texts, tokenizer, length)
     lengths = [len(example) for example in examples]
     shards = plan_shards(lengths, arguments.shard_tokens)
     order = VocabularyOrder.by_count(
@@ -189,14 +188,26 @@ def _check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
         )
 
 
-def _layout(arguments: argparse.Namespace, model: ModelConfig) -> Layout:
-    config = Config(model=model, data=DataConfig(sequence_length=arguments.sequence_length, pack=True))
-    config = dataclasses.replace(config, mesh=MeshConfig(**{"data": -1, **_mesh_sizes(arguments.mesh)}))
-    mesh = meshes.make_mesh(config.mesh.sizes)
+def teacher_model(model: ModelConfig, dtype: str) -> ModelConfig:
+    """Returns the architecture as a build computes with it: parameters in the dtype of the computation."""
+    return dataclasses.replace(resolve_model(model), dtype=dtype, param_dtype=dtype, remat="none")
+
+
+def build_layout(
+    model: ModelConfig,
+    sequence_length: int,
+    mesh_text: str,
+    microbatch_size: int,
+    microbatches: int | None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Layout:
+    """Returns the teacher's layout on the mesh that `mesh_text` describes, such as "tensor=8"."""
+    config = Config(model=model, data=DataConfig(sequence_length=sequence_length, pack=True))
+    config = dataclasses.replace(config, mesh=MeshConfig(**{"data": -1, **_mesh_sizes(mesh_text)}))
+    mesh = meshes.make_mesh(config.mesh.sizes, devices)
     validate_split(config, mesh.shape)
-    microbatches = arguments.microbatches or mesh.shape["pipe"]
-    size = meshes.replicas(mesh) * microbatches * arguments.microbatch_size
-    batch = BatchConfig(global_size=size, microbatch_size=arguments.microbatch_size)
+    size = meshes.replicas(mesh) * (microbatches or mesh.shape[PIPE]) * microbatch_size
+    batch = BatchConfig(global_size=size, microbatch_size=microbatch_size)
     return Layout(dataclasses.replace(config, batch=batch, mesh=dataclasses.replace(config.mesh, **mesh.shape)), mesh)
 
 

@@ -73,6 +73,10 @@ class Tokenizer:
         """One more than the largest id."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of tokens, special ones included."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def encode(self, text: str, special: bool = True) -> Example:
         """Returns a text's tokens, all of them learned; `special` adds the tokens that the tokenizer puts around."""
         return self._example(self._tokenizer.encode(text, add_special_tokens=special), text)
