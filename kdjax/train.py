@@ -60,8 +60,12 @@ def run(
     """
     config = resolve(adopt_architecture(config))
     validate(config)
-    if consensus.is_process_zero():
-        run_directory.claim(workdir, config)
+    with run_directory.claimed(workdir, config) if consensus.is_process_zero() else contextlib.nullcontext():
+        return _run(config, workdir, stop or threading.Event(), devices)
+
+
+def _run(config: Config, workdir: Path, stop: threading.Event, devices: Sequence[jax.Device] | None) -> Outcome:
+    """Trains in a run directory that is this process's, or process 0's."""
     mesh = meshes.make_mesh(config.mesh.sizes, devices)
     summary.check_devices(config, mesh)
     layout = Layout(config, mesh)
@@ -87,7 +91,7 @@ def run(
             cli.Progress("step", config.train.steps, "step", start=start, lines_to=sys.stdout)
         )
         trainer = Trainer(layout, train_set, val_set, checkpoints, log_to, progress)
-        return trainer.run(state, consensus.SharedStop(stop or threading.Event()))
+        return trainer.run(state, consensus.SharedStop(stop))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,6 +137,23 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole: tuple[Path, Ou
     jax.tree.map(np.testing.assert_array_equal, finished.state, expected.state)
 
 
+def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    """And changes nothing there; once the first has ended, or was killed, the directory is free."""
+    config, workdir = toy.config(tmp_path), tmp_path / "run"
+    run(config, workdir, StopAfter(2))
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    lock = f"import fcntl; file = open({str(workdir / 'lock')!r}, 'a'); fcntl.flock(file, fcntl.LOCK_EX)"
+    hold = f"{lock}; print(flush=True); import time"
+    with subprocess.Popen([sys.executable, "-c", f"{hold}; time.sleep(99)"], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="another process is training there"):
+            run(config, workdir)
+        assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+        holder.kill()
+    assert run(config, workdir).ended == "complete"
+
+
 def test_a_step_that_was_damaged_is_saved_again(whole: tuple[Path, Outcome], tmp_path: Path, caplog) -> None:
     """The run reaches the damaged step's number, saves it, and ends as a run that was never damaged."""
     directory, expected = whole

@@ -1,6 +1,9 @@
 """The run directory: it belongs to one configuration, and only that configuration may resume it."""
 
+import contextlib
+import fcntl
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from kdjax import config as configs
@@ -10,14 +13,36 @@ from kdjax.types import UserError
 log = logging.getLogger("kdjax")
 
 
-def claim(workdir: Path, config: Config) -> None:
-    """Creates RUN with its config.json, or checks that RUN has the same configuration. Also proves RUN is writable.
+@contextlib.contextmanager
+def claimed(workdir: Path, config: Config) -> Iterator[None]:
+    """Holds RUN for one run: creates it with its config.json, or checks that RUN has the same configuration.
 
-    Raises UserError with the differences when RUN belongs to another configuration.
+    Also proves that RUN is writable. The lock goes with the process, so that one that was killed leaves none. On a file
+    system without locks there is no protection.
+
+    Raises UserError when another process holds RUN, and with the differences when RUN has another configuration.
     """
-    path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / "lock").open("a")
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: cannot be written: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--workdir {workdir}: another process is training there; wait for its end, or name another directory"
+            ) from error
+        except OSError:
+            pass
+        _claim(workdir, config)
+        yield
+
+
+def _claim(workdir: Path, config: Config) -> None:
+    path = workdir / "config.json"
+    try:
         if path.exists() and _has_begun(workdir):
             _compare(workdir, configs.from_json(path.read_text()), config)
         fresh = path.with_suffix(".new")
