@@ -66,7 +66,7 @@ def take_statistics(record: StoredRecord, manifest: CacheManifest) -> Statistics
     p = np.exp(log_p)
     mass_S = p.sum(axis=1)
     tail_S = np.clip(1 - mass_S, 1e-9, 1)
-    entropy_S = -(np.where(p > 0, p * log_p, 0).sum(axis=1) + tail_S * np.log(tail_S))
+    entropy_S = -((p * np.where(p > 0, log_p, 0)).sum(axis=1) + tail_S * np.log(tail_S))
     present = (record.log_probs if record.draws is None else record.draws)[unmasked_S] > -np.inf
     if record.draws is not None:
         present = np.isfinite(record.log_probs[unmasked_S])
