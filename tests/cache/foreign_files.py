@@ -20,7 +20,7 @@ VOCAB = 97  # prime, so that no padding comes out right by chance
 
 
 class Taught(NamedTuple):
-    """Token ids [S + 1], and the log-probability of each token of the vocabulary; row t [S, VOCAB] is about ids[t + 1]."""
+    """Token ids [S + 1], and the log-probability of every token [S, VOCAB]; row t is about ids[t + 1]."""
 
     ids: np.ndarray
     log_probs: np.ndarray

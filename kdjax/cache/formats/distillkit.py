@@ -93,7 +93,7 @@ class _File:
         self.index = make_index(lengths, digest_of(source.path, repr(config)))
         self._lock = threading.Lock()
         self._rows: Iterator[tuple[int, dict[str, Any]]] = iter(())
-        self._next = len(lengths)  # number of the row that `_rows` gives next
+        self._open, self._next = -1, 0  # the row group that `_rows` is of, and the number of the row it gives next
         self._last: tuple[int, dict[str, Any]] = -1, {}
 
     def record(self, number: int) -> Record:
@@ -113,9 +113,8 @@ class _File:
             if self._last[0] == number:
                 return self._last[1]
             group = int(np.searchsorted(self._ends, number, side="right"))
-            first = int(self._ends[group - 1]) if group else 0
-            if not max(first, self._next) <= number or self._next < first:
-                self._rows, self._next = self._group(group), first
+            if group != self._open or number < self._next:
+                self._open, self._rows = group, self._group(group)
             for place, row in self._rows:
                 self._next = place + 1
                 if place == number:
@@ -170,7 +169,7 @@ def _scaled_to_one(values: np.ndarray) -> np.ndarray:
 
 def _octets(cell: Any, name: str, size: int, length: int) -> np.ndarray:
     """Returns the bytes of `length` positions. A row about the token after the last may follow; it is left out."""
-    rows = cell.values
+    rows = getattr(cell, "values", None)
     count = 0 if rows is None else len(rows)
     if count not in (length, length + 1):
         raise RecordError(f"{name} has {count} rows, and input_ids {length + 1} tokens; it must have {length} rows")
@@ -188,9 +187,10 @@ def _octets(cell: Any, name: str, size: int, length: int) -> np.ndarray:
 
 
 def _numbers(cell: Any, name: str, count: int | None = None) -> np.ndarray:
-    if cell.values is None or cell.values.null_count:
+    values = getattr(cell, "values", None)
+    if values is None or values.null_count:
         raise RecordError(f"{name} is missing or holds nulls; remove this row")
-    found = cell.values.to_numpy(zero_copy_only=False)
+    found = values.to_numpy(zero_copy_only=False)
     if found.dtype.kind not in "iub":
         raise RecordError(f"{name} holds {found.dtype}; it must hold integers")
     if count not in (None, len(found)):

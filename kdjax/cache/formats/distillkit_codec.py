@@ -95,7 +95,7 @@ def read_config(path: Path) -> CompressionConfig:
     for key in ("teacher", "logprob_compressor"):
         if isinstance(content, dict) and key in content:
             content = content[key]
-    if not isinstance(content, dict) or not {"d", "k", "exact_k"} <= content.keys():
+    if not isinstance(content, dict) or any(content.get(key) is None for key in ("d", "k", "exact_k")):
         raise UserError(f"{path}: has no d, k and exact_k; give DistillKit's logprob_compressor configuration")
     names = {field.name for field in dataclasses.fields(CompressionConfig)}
     try:
