@@ -19,15 +19,18 @@ from kdjax.data.files.scratch import exclusive_lock, open_scratch
 from kdjax.data.records import RecordError
 from kdjax.types import UserError
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
 
 def first_object(path: Path, scratch_dir: str | None) -> dict[str, Any] | None:
     """Returns the first line of a file as a JSON object, None if it is not one."""
     with explain_os_errors(path, "read this record file"):
         plain = _plain(path, scratch_dir)
         with plain.path.open("rb") as file:
-            line = next((line for line in file if line.strip()), b"")
+            lines = (line.removeprefix(BYTE_ORDER_MARK) for line in file)
+            line = next((line for line in lines if line.strip()), b"")
     try:
-        found = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+        found = json.loads(line)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -68,8 +71,8 @@ class JsonLines:
                 progress.add(len(line))
                 start, text = offset, line
                 offset += len(line)
-                if number == 1 and text.startswith(b"\xef\xbb\xbf"):
-                    start, text = start + 3, text[3:]
+                if number == 1 and text.startswith(BYTE_ORDER_MARK):
+                    start, text = start + len(BYTE_ORDER_MARK), text[len(BYTE_ORDER_MARK) :]
                 if not text.strip():
                     continue
                 last = number, text
