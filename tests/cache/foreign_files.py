@@ -12,8 +12,10 @@ import numpy as np
 import zstandard
 
 from kdjax.cache.__main__ import main
+from kdjax.config import DataConfig
 from kdjax.convert.pytorch import torch_file
 from kdjax.convert.pytorch.pickle_writer import Construct, Global, Persistent, dumps
+from kdjax.data import Dataset, open_dataset
 from kdjax.data.shards.reader import Cache
 
 VOCAB = 97  # prime, so that no padding comes out right by chance
@@ -61,6 +63,36 @@ def run_import(out: Path, *inputs: Path | str, **flags: Any) -> Cache:
 def write_lines(path: Path, records: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def nemo(given: Taught, k: int = 5, **changes: Any) -> dict[str, Any]:
+    """A record as NeMo-Aligner writes it: the row's maximum is subtracted from logits and logsumexp."""
+    ids, values = given.top(k)
+    record = {
+        "tokens": given.ids[:-1].tolist(),
+        "labels": given.ids[1:].tolist(),
+        "loss_mask": [1] * len(ids),
+        "topk_logits": (values - values[:, :1]).tolist(),
+        "topk_token_ids": ids.tolist(),
+        "log_sum_exp_logits": (-values[:, 0]).tolist(),
+        "index": len(ids),
+    }
+    return {name: value for name, value in (record | changes).items() if value is not None}
+
+
+def dataset(*paths: Path, vocab_size: int = VOCAB, **knobs: Any) -> Dataset:
+    data = DataConfig(sequence_length=10_000, weighted_mask=True, **knobs)
+    return open_dataset(tuple(map(str, paths)), data, vocab_size=vocab_size)
+
+
+def assert_same_records(found: Dataset, wanted: Dataset) -> None:
+    assert len(found) == len(wanted)
+    assert (found.top_k, found.has_log_sum_exp) == (wanted.top_k, wanted.has_log_sum_exp)
+    for i in range(len(wanted)):
+        a, b = found[i], wanted[i]
+        for name in ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=f"record {i}, {name}")
+        assert a.index == b.index
 
 
 def vllm_prompt(given: Taught, k: int, detailed: bool = True) -> dict[str, Any]:

@@ -8,8 +8,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from foreign_files import VOCAB, run_import, sequence, sequences, stored, vllm_prompt, write_lines
-from test_import_records import assert_same_records, dataset, nemo
+from foreign_files import (
+    VOCAB,
+    assert_same_records,
+    dataset,
+    nemo,
+    run_import,
+    sequence,
+    sequences,
+    stored,
+    vllm_prompt,
+    write_lines,
+)
 
 from kdjax.cache.__main__ import main
 from kdjax.cache.formats import nemo_writer

@@ -9,45 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from foreign_files import VOCAB, Taught, run_import, sequence, sequences, stored, vllm_prompt, write_lines
+from foreign_files import (
+    VOCAB,
+    assert_same_records,
+    dataset,
+    nemo,
+    run_import,
+    sequence,
+    sequences,
+    stored,
+    vllm_prompt,
+    write_lines,
+)
 
 from kdjax.cache import import_records, writer
-from kdjax.config import DataConfig
-from kdjax.data import Dataset, open_dataset
 from kdjax.data.shards.reader import Cache
 from kdjax.types import UserError
 
 RECORDS = Path(__file__).parents[2] / "data" / "smollm2_topk"
-
-
-def nemo(given: Taught, k: int = 5, **changes: Any) -> dict[str, Any]:
-    """A record as NeMo-Aligner writes it: the row's maximum is subtracted from logits and logsumexp."""
-    ids, values = given.top(k)
-    record = {
-        "tokens": given.ids[:-1].tolist(),
-        "labels": given.ids[1:].tolist(),
-        "loss_mask": [1] * len(ids),
-        "topk_logits": (values - values[:, :1]).tolist(),
-        "topk_token_ids": ids.tolist(),
-        "log_sum_exp_logits": (-values[:, 0]).tolist(),
-        "index": len(ids),
-    }
-    return {name: value for name, value in (record | changes).items() if value is not None}
-
-
-def dataset(*paths: Path, vocab_size: int = VOCAB, **knobs: Any) -> Dataset:
-    data = DataConfig(sequence_length=10_000, weighted_mask=True, **knobs)
-    return open_dataset(tuple(map(str, paths)), data, vocab_size=vocab_size)
-
-
-def assert_same_records(found: Dataset, wanted: Dataset) -> None:
-    assert len(found) == len(wanted)
-    assert (found.top_k, found.has_log_sum_exp) == (wanted.top_k, wanted.has_log_sum_exp)
-    for i in range(len(wanted)):
-        a, b = found[i], wanted[i]
-        for name in ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits"):
-            np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=f"record {i}, {name}")
-        assert a.index == b.index
 
 
 def test_lossless_records_are_those_of_the_json_lines(tmp_path: Path) -> None:

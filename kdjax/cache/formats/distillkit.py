@@ -171,7 +171,7 @@ def _octets(cell: Any, name: str, size: int, length: int) -> np.ndarray:
     """Returns the bytes of `length` positions. A row about the token after the last may follow; it is left out."""
     rows = getattr(cell, "values", None)
     count = 0 if rows is None else len(rows)
-    if count not in (length, length + 1):
+    if rows is None or count not in (length, length + 1):
         raise RecordError(f"{name} has {count} rows, and input_ids {length + 1} tokens; it must have {length} rows")
     rows = rows.slice(0, length)
     sizes = np.unique(np.diff(rows.offsets.to_numpy()))

@@ -13,7 +13,7 @@ from kdjax.data.errors import explain_os_errors
 from kdjax.data.shards.record_bytes import StoredRecord
 from kdjax.types import UserError
 
-GROUP_ROWS = 64  # rows of a row group
+GROUP_TOKENS = 2**16  # of a row group: what is held in memory
 
 
 def file_name(number: int) -> str:
@@ -35,23 +35,33 @@ def write_file(path: Path, records: Iterable[tuple[str, StoredRecord]], config: 
             "labels": pa.list_(pa.int64()),
         }
     )
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, np.ndarray]] = []
     with explain_os_errors(path, "write this file"), pq.ParquetWriter(path, schema) as writer:
 
         def flush() -> None:
-            columns = {name: [row[name] for row in rows] for name in schema.names}
+            columns = {name: _lists([row[name] for row in rows], pa) for name in schema.names}
             writer.write_table(pa.table(columns, schema=schema))
             rows.clear()
 
         for where, record in records:
-            rows.append(_row(where, record, config, pa))
-            if len(rows) == GROUP_ROWS:
+            rows.append(_row(where, record, config))
+            if sum(len(row["labels"]) for row in rows) >= GROUP_TOKENS:
                 flush()
         if rows:
             flush()
 
 
-def _row(where: str, record: StoredRecord, config: CompressionConfig, pa: Any) -> dict[str, Any]:
+def _lists(rows: list[np.ndarray], pa: Any) -> Any:
+    """Returns a column with a list in each row, of numbers or of equally long lists of them."""
+    values = np.concatenate(rows)
+    if values.ndim == 2:
+        inner = pa.ListArray.from_arrays(np.arange(len(values) + 1, dtype=np.int32) * values.shape[1], values.ravel())
+    else:
+        inner = pa.array(values)
+    return pa.ListArray.from_arrays(np.cumsum([0, *map(len, rows)]).astype(np.int32), inner)
+
+
+def _row(where: str, record: StoredRecord, config: CompressionConfig) -> dict[str, np.ndarray]:
     learned_S = record.loss_mask > 0
     if not np.isin(record.loss_mask, (0, 1)).all():
         t = int(np.argmax(~np.isin(record.loss_mask, (0, 1))))
@@ -60,17 +70,12 @@ def _row(where: str, record: StoredRecord, config: CompressionConfig, pa: Any) -
             "not: export to nemo instead"
         )
     values, ids = _filled(where, record, learned_S, config)
-    row = {
+    return {
         "input_ids": np.append(record.tokens, record.labels[-1]).astype(np.uint64),
+        "compressed_logprobs": encode_values(values, config),
+        "bytepacked_indices": pack(ids, config.id_bits),
         "labels": np.append(IGNORED, np.where(learned_S, record.labels, IGNORED)).astype(np.int64),
     }
-    for name, octets in (
-        ("compressed_logprobs", encode_values(values, config)),
-        ("bytepacked_indices", pack(ids, config.id_bits)),
-    ):
-        offsets = np.arange(len(octets) + 1, dtype=np.int32) * octets.shape[1]
-        row[name] = pa.ListArray.from_arrays(offsets, octets.reshape(-1))
-    return row
 
 
 def _filled(
