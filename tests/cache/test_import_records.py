@@ -141,6 +141,8 @@ def test_kind_and_manifest(tmp_path: Path) -> None:
     np.testing.assert_allclose(record.log_probs, given.top(5)[1], rtol=1e-6)
     known = {"vocab_size": VOCAB, "kind": "probs", "teacher": "T", "license": "L", "teacher_temperature": 2.0}
     (tmp_path / "manifest.json").write_text(json.dumps(known))
+    with pytest.raises(UserError, match=r"--vocab-size 96: .*manifest.json says that the teacher's vocabulary has 97"):
+        run_import(tmp_path / "other", path, vocab_size=VOCAB - 1)
     manifest = run_import(tmp_path / "other", path, license="mine").manifest
     assert (manifest.teacher, manifest.license, manifest.teacher_temperature) == ("T", "mine", 2.0)
 

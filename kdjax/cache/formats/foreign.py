@@ -16,7 +16,7 @@ from kdjax.data.dataset import Dataset, survey_files
 from kdjax.data.errors import explain_os_errors
 from kdjax.data.files.index import NO_INDEX, Index
 from kdjax.data.files.paths import Source
-from kdjax.data.manifest import Manifest
+from kdjax.data.manifest import Manifest, require_agreement
 from kdjax.data.records import Record
 from kdjax.data.shards.record_bytes import StoredRecord
 from kdjax.data.store import Records
@@ -51,6 +51,7 @@ class Opened:
     files: Sequence[Records]
     facts: Manifest  # what the files, and the user, say of the teacher; `kind` is always there
     has_label_log_probs: bool = False
+    manifests: Sequence[Manifest] = ()  # those beside the files, which must agree with the facts
 
 
 class Format(Protocol):
@@ -87,8 +88,12 @@ class Foreign:
             weighted_mask=True,
             scratch_dir=scratch_dir,
         )
+        for manifest in opened.manifests:
+            require_agreement(
+                manifest, data, vocab_size=self.facts.vocab_size, tokenizer_sha256=None, ignore_teacher_ids=False
+            )
         requirements = Requirements(data, self.facts.vocab_size, need_log_sum_exp=False, ignore_teacher_ids=False)
-        self.dataset: Dataset = survey_files(opened.files, requirements, [], name)
+        self.dataset: Dataset = survey_files(opened.files, requirements, opened.manifests, name)
         self._files = opened.files
         self._ends = list(itertools.accumulate(len(file.index) for file in opened.files))
 

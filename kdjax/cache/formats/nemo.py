@@ -9,6 +9,7 @@ from kdjax.data.files.paths import Source
 from kdjax.data.files.scratch import open_scratch
 from kdjax.data.manifest import Manifest, read_manifest
 from kdjax.data.store import RecordFile
+from kdjax.types import UserError
 
 
 def detect(path: Path, options: Options) -> bool:
@@ -20,7 +21,13 @@ def detect(path: Path, options: Options) -> bool:
 def open_sources(sources: Sequence[Source], options: Options) -> Opened:
     """Opens the files. The manifest.json beside them, if there is one, tells what they hold."""
     directories = dict.fromkeys(source.path.parent for source in sources)
-    known = next((found for each in directories if (found := read_manifest(each))), Manifest(Path()))
+    manifests = [found for each in directories if (found := read_manifest(each))]
+    known = manifests[0] if manifests else Manifest(Path())
+    if options.vocab_size is not None and options.vocab_size < (known.vocab_size or 0):
+        raise UserError(
+            f"--vocab-size {options.vocab_size}: {known.path} says that the teacher's vocabulary has {known.vocab_size} "
+            "ids; leave --vocab-size out, or correct that file"
+        )
     scratch = open_scratch(options.scratch_dir)
     files = [RecordFile(source, scratch, allow_truncated=False) for source in sources]
     return Opened(
@@ -34,4 +41,5 @@ def open_sources(sources: Sequence[Source], options: Options) -> Opened:
             vocab_size=options.vocab_size or known.vocab_size,
             tokenizer_sha256=known.tokenizer_sha256,
         ),
+        manifests=manifests,
     )
