@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from foreign_files import VOCAB, run_import, sequence, sequences, stored, vllm_prompt, write_lines
 
+from kdjax.cache.__main__ import main
 from kdjax.types import UserError
 
 K = 5
@@ -102,6 +103,12 @@ def test_one_damaged_record_may_be_left_out(tmp_path: Path) -> None:
     bad["prompt_logprobs"][7] = None
     cache = import_vllm(tmp_path, [vllm_prompt(sequence(1), K), bad], max_bad_records=1)
     assert [bool(record.loss_mask.any()) for record in stored(cache)] == [True, False]
+
+
+def test_verify_finds_nothing_wrong(tmp_path: Path) -> None:
+    """Positions with fewer entries, and labels whose log-probabilities are known, are as they should be."""
+    cache = import_vllm(tmp_path, [vllm_prompt(sequence(seed, 60), K) for seed in range(5)])
+    assert main(["verify", str(cache.path)]) == 0
 
 
 def test_a_wrong_shift_is_refused(tmp_path: Path) -> None:

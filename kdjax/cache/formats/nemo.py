@@ -25,8 +25,8 @@ def open_sources(sources: Sequence[Source], options: Options) -> Opened:
     known = manifests[0] if manifests else Manifest(Path())
     if options.vocab_size is not None and options.vocab_size < (known.vocab_size or 0):
         raise UserError(
-            f"--vocab-size {options.vocab_size}: {known.path} says that the teacher's vocabulary has {known.vocab_size} "
-            "ids; leave --vocab-size out, or correct that file"
+            f"--vocab-size {options.vocab_size}: {known.path} says that the teacher's vocabulary has "
+            f"{known.vocab_size} ids; leave --vocab-size out, or correct that file"
         )
     scratch = open_scratch(options.scratch_dir)
     files = [RecordFile(source, scratch, allow_truncated=False) for source in sources]
