@@ -14,6 +14,7 @@ import pytest
 import yaml
 from foreign_files import VOCAB, Taught, distillkit_bits, run_import, sequence, sequences, stored
 
+from kdjax.cache.__main__ import main
 from kdjax.cache.formats.distillkit_codec import CompressionConfig, decode_values, encode_values, read_config
 from kdjax.types import UserError
 
@@ -195,6 +196,17 @@ def test_import_of_a_fitted_polynomial(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.sort(record.ids, axis=1), np.sort(each.top(11)[0], axis=1))
         truth = np.take_along_axis(each.log_probs, record.ids.astype(int), 1)
         assert np.abs(record.log_probs - truth).mean() < 0.02
+
+
+def test_rounding_leaves_no_more_than_one(tmp_path: Path) -> None:
+    """All 97 tokens in bfloat16 sum to more than 1 at some positions."""
+    config = EXACT | {"k": VOCAB, "exact_k": VOCAB, "exact_dtype": "bfloat16"}
+    given = sequence(5, 50)
+    rounded = given.top(VOCAB)[1].astype(ml_dtypes.bfloat16).astype(float)
+    assert np.exp(rounded).sum(axis=1).max() > 1.0005
+    (record,) = stored(run_import(tmp_path / "cache", write(tmp_path / "in", [given], config), lossless=True))
+    assert np.exp(record.log_probs.astype(float)).sum(axis=1).max() < 1 + 1e-6
+    assert main(["verify", str(tmp_path / "cache")]) == 0
 
 
 def test_labels_and_attention_mask(tmp_path: Path) -> None:

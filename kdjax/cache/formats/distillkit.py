@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from kdjax.cache.formats.distillkit_codec import CompressionConfig, decode_values, read_config, unpack
-from kdjax.cache.formats.foreign import Opened, Options, digest_of, make_index, refuse_kind
+from kdjax.cache.formats.foreign import Opened, Options, digest_of, make_index, refuse_kind, scaled_to_one
+from kdjax.data.checks import MASS_TOLERANCE
 from kdjax.data.errors import explain_os_errors
 from kdjax.data.files.paths import Source
 from kdjax.data.manifest import Manifest
@@ -142,7 +143,8 @@ def _record(row: dict[str, Any], config: CompressionConfig) -> Record:
     ]
     values = decode_values(data[0], config)
     if config.exact_k < config.k:
-        values = _scaled_to_one(values)
+        _require_mass(values)
+    values = scaled_to_one(values, LARGEST_MASS if config.exact_k < config.k else 1 + MASS_TOLERANCE)
     learned_S, labels = np.ones(length, bool), tokens[1:]
     if "labels" in row:
         found = _numbers(row["labels"], "labels", len(tokens))[1:]
@@ -154,17 +156,16 @@ def _record(row: dict[str, Any], config: CompressionConfig) -> Record:
     return Record(tokens[:-1], labels, learned_S.astype(np.float32), values, ids.astype(np.int32))
 
 
-def _scaled_to_one(values: np.ndarray) -> np.ndarray:
-    """Returns approximated log-probabilities; those of a position that sum to more than 1 are scaled to sum to 1."""
+def _require_mass(values: np.ndarray) -> None:
+    """Raises RecordError for approximated log-probabilities that are too large to be a matter of the approximation."""
     mass_S = np.exp(np.minimum(values, 50).astype(np.float64)).sum(axis=1)
-    over = mass_S > LARGEST_MASS
-    if over.any():
-        t = int(np.argmax(over))
+    over_S = mass_S > LARGEST_MASS
+    if over_S.any():
+        t = int(np.argmax(over_S))
         raise RecordError(
             f"compressed_logprobs[{t}] sums to {mass_S[t]:.4g} as a probability: it was not written with this "
             "compression config; give the right one with --compression-config"
         )
-    return (values - np.log(np.maximum(mass_S, 1))[:, None]).astype(np.float32)
 
 
 def _octets(cell: Any, name: str, size: int, length: int) -> np.ndarray:

@@ -157,6 +157,14 @@ def to_stored(record: Record, lossless: bool, label_log_probs: np.ndarray | None
     )
 
 
+def scaled_to_one(log_probs: Float[np.ndarray, "S K"], most: float) -> Float[np.ndarray, "S K"]:
+    """Returns log-probabilities, float32; positions that rounding left with 1 to `most` are scaled to 1."""
+    with np.errstate(over="ignore"):
+        mass_S = np.exp(log_probs.astype(np.float64)).sum(axis=1)
+    excess_S = np.log(np.where((mass_S > 1) & (mass_S <= most), mass_S, 1))
+    return (log_probs - excess_S[:, None]).astype(np.float32)
+
+
 def make_index(lengths: Sequence[int] | np.ndarray, digest: str, lines: Sequence[int] | None = None) -> Index:
     """Returns the index of a file whose records have these lengths; -1 where one cannot be read."""
     count = len(lengths)

@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import zstandard
 
-from kdjax.cache.formats.foreign import Opened, Options, digest_of, make_index, refuse_kind
+from kdjax.cache.formats.foreign import Opened, Options, digest_of, make_index, refuse_kind, scaled_to_one
 from kdjax.convert.checkpoint_files import ByteRange
 from kdjax.convert.pytorch import torch_file
 from kdjax.convert.tensors import LazyTensor
+from kdjax.data.checks import MASS_TOLERANCE
 from kdjax.data.errors import explain_os_errors
 from kdjax.data.files.paths import Source
 from kdjax.data.files.scratch import open_scratch
@@ -142,7 +143,7 @@ class _Files:
             if tokens.min() < -(2**31) or tokens.max() >= 2**31:
                 raise RecordError(f"{self._tokens_path}: holds ids that are not 32-bit integers")
             tokens = tokens.astype(np.int32)
-            values = np.where(values <= NO_ENTRY, -np.inf, values).astype(np.float32)
+            values = scaled_to_one(np.where(values <= NO_ENTRY, -np.inf, values), 1 + MASS_TOLERANCE)
             record = Record(tokens[:-1], tokens[1:], np.ones(len(values), np.float32), values, ids.astype(np.int32))
         return record.padded(max(self._top_k, record.top_k))
 
