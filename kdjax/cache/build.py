@@ -22,12 +22,13 @@ import numpy as np
 from kdjax.cache.info import summarise
 from kdjax.cache.teacher import Targets, TeacherRows, Wanted, make_targets_step
 from kdjax.cache.text import TOKENIZER_DIRECTORY, Example, Tokenizer, read_examples
-from kdjax.cache.writer import SHARD_TOKENS, CacheWriter, plan_shards
+from kdjax.cache.writer import SHARD_TOKENS, CacheWriter, is_complete, plan_shards
 from kdjax.checkpoint import load_params
 from kdjax.checkpoint.model_directory import read_model_config
 from kdjax.cli import Progress
 from kdjax.config import BatchConfig, Config, DataConfig, MeshConfig, ModelConfig
 from kdjax.config.validate import resolve_model, validate_split
+from kdjax.convert.provenance import read_provenance
 from kdjax.data.packing import pack_rows
 from kdjax.data.shards.manifest import TARGETS, CacheManifest, encode_ids
 from kdjax.data.shards.reader import Cache
@@ -35,7 +36,7 @@ from kdjax.data.shards.record_bytes import StoredRecord, VocabularyOrder
 from kdjax.distributed import cluster, consensus, processes, watchdog
 from kdjax.model import Params
 from kdjax.parallel import mesh as meshes
-from kdjax.parallel.axes import AXES
+from kdjax.parallel.axes import AXES, PIPE
 from kdjax.training.layout import Layout
 from kdjax.types import UserError
 
@@ -90,26 +91,28 @@ def run(arguments: argparse.Namespace) -> None:
 
 def build(arguments: argparse.Namespace, texts: Sequence[Path], out: Path) -> None:
     """Builds the cache in all processes together."""
-    wanted = _wanted(arguments)
-    model = dataclasses.replace(
-        resolve_model(read_model_config(arguments.teacher)), dtype=arguments.dtype, remat="none"
-    )
+    model = teacher_model(read_model_config(arguments.teacher), arguments.dtype)
     _check_settings(arguments, model)
+    wanted = _wanted(arguments)
     for path in texts:
         if not path.is_file():
             raise UserError(f"{path}: there is no such file; --text takes files")
     tokenizer = Tokenizer(arguments.tokenizer or _teachers_tokenizer(arguments.teacher))
     _check_tokenizer(tokenizer, model)
-    layout = _layout(arguments, model)
-    examples = _read(texts, tokenizer, arguments.sequence_length)
+    length = arguments.sequence_length
+    layout = build_layout(model, length, arguments.mesh, arguments.microbatch_size, arguments.microbatches)
+    examples = _read(texts, tokenizer, length)
     lengths = [len(example) for example in examples]
     shards = plan_shards(lengths, arguments.shard_tokens)
     order = VocabularyOrder.by_count(
         np.bincount(np.concatenate([example.ids for example in examples]), minlength=model.vocab_size)
     )
     settings = _settings(arguments, texts, tokenizer, examples)
-    manifest = _manifest(arguments, wanted, model, tokenizer, order, max(lengths))
+    manifest = _manifest(arguments, settings, wanted, model, tokenizer, order, max(lengths))
     consensus.check_same({"the settings": json.dumps(settings), "the text": _digest(examples)})
+    if is_complete(out, settings):
+        print(f"{out} is complete already")
+        return
     if consensus.is_process_zero():
         CacheWriter(out, manifest, settings)  # refuses before the teacher is read
     consensus.wait_for_all("the cache is begun")
@@ -185,14 +188,26 @@ def _check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
         )
 
 
-def _layout(arguments: argparse.Namespace, model: ModelConfig) -> Layout:
-    config = Config(model=model, data=DataConfig(sequence_length=arguments.sequence_length, pack=True))
-    config = dataclasses.replace(config, mesh=MeshConfig(**{"data": -1, **_mesh_sizes(arguments.mesh)}))
-    mesh = meshes.make_mesh(config.mesh.sizes)
+def teacher_model(model: ModelConfig, dtype: str) -> ModelConfig:
+    """Returns the architecture as a build computes with it: parameters in the dtype of the computation."""
+    return dataclasses.replace(resolve_model(model), dtype=dtype, param_dtype=dtype, remat="none")
+
+
+def build_layout(
+    model: ModelConfig,
+    sequence_length: int,
+    mesh_text: str,
+    microbatch_size: int,
+    microbatches: int | None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Layout:
+    """Returns the teacher's layout on the mesh that `mesh_text` describes, such as "tensor=8"."""
+    config = Config(model=model, data=DataConfig(sequence_length=sequence_length, pack=True))
+    config = dataclasses.replace(config, mesh=MeshConfig(**{"data": -1, **_mesh_sizes(mesh_text)}))
+    mesh = meshes.make_mesh(config.mesh.sizes, devices)
     validate_split(config, mesh.shape)
-    microbatches = arguments.microbatches or mesh.shape["pipe"]
-    size = meshes.replicas(mesh) * microbatches * arguments.microbatch_size
-    batch = BatchConfig(global_size=size, microbatch_size=arguments.microbatch_size)
+    size = meshes.replicas(mesh) * (microbatches or mesh.shape[PIPE]) * microbatch_size
+    batch = BatchConfig(global_size=size, microbatch_size=microbatch_size)
     return Layout(dataclasses.replace(config, batch=batch, mesh=dataclasses.replace(config.mesh, **mesh.shape)), mesh)
 
 
@@ -222,13 +237,21 @@ def _read(texts: Sequence[Path], tokenizer: Tokenizer, length: int) -> list[Exam
 
 def _settings(
     arguments: argparse.Namespace, texts: Sequence[Path], tokenizer: Tokenizer, examples: Sequence[Example]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Returns all that decides the content of the records."""
     return {name: getattr(arguments, name) for name in DECISIVE} | {
-        "teacher": str(arguments.teacher.resolve()),
+        "teacher": arguments.teacher.resolve().name,
+        "teacher_sha256": _teacher_sha256(arguments.teacher),
         "tokenizer": tokenizer.sha256,
-        "text": _digest(examples),
+        "text": [path.name for path in texts],
+        "text_digest": _digest(examples),
     }
+
+
+def _teacher_sha256(teacher: Path) -> str | None:
+    """Returns a digest of the digests that a converted model's provenance.json has of its parameters, if it has any."""
+    recorded = read_provenance(teacher).get("leaves")
+    return hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest() if recorded else None
 
 
 def _digest(examples: Iterable[Example]) -> str:
@@ -240,6 +263,7 @@ def _digest(examples: Iterable[Example]) -> str:
 
 def _manifest(
     arguments: argparse.Namespace,
+    settings: dict[str, Any],
     wanted: Wanted,
     model: ModelConfig,
     tokenizer: Tokenizer,
@@ -255,9 +279,10 @@ def _manifest(
         top_p=arguments.top_p,
         values="float32" if arguments.lossless else "quantised",
         target_logits_scales=wanted.scales,
-        teacher=arguments.teacher.resolve().name,
+        teacher=settings["teacher"],
+        teacher_sha256=settings["teacher_sha256"],
         tokenizer_sha256=tokenizer.sha256,
-        source={"text": [path.name for path in arguments.text], "dtype": arguments.dtype, "seed": arguments.seed},
+        source=settings,
         has_label_log_probs=arguments.label_log_probs,
         has_offsets=arguments.offsets,
         first_ids=encode_ids(order.first),

@@ -37,7 +37,7 @@ class Example:
 
     def __len__(self) -> int:
         """Returns the number of positions."""
-        return len(self.ids) - 1
+        return max(0, len(self.ids) - 1)
 
     def rows(self, length: int) -> Iterator["Example"]:
         """Yields pieces of at most `length` positions; each predicts the first token of the next."""
@@ -73,22 +73,27 @@ class Tokenizer:
         """One more than the largest id."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of tokens, special ones included."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def encode(self, text: str, special: bool = True) -> Example:
         """Returns a text's tokens, all of them learned; `special` adds the tokens that the tokenizer puts around."""
-        found = self._tokenizer.encode(text, add_special_tokens=special)
+        return self._example(self._tokenizer.encode(text, add_special_tokens=special), text)
+
+    def _example(self, found: Any, text: str) -> Example:
         ids = np.array(found.ids, np.int32)
         places = _byte_places(text)
         starts = np.array([places[start] for start, _ in found.offsets], np.int64)
         return Example(ids, np.ones(len(ids), bool), starts)
 
     def encode_parts(self, parts: Sequence[tuple[str, bool]], special: bool = True) -> Example:
-        """Returns the tokens of all parts as one text; those that start in a learned part are learned."""
+        """Returns the tokens of all parts as one text; those with any character of a learned part are learned."""
         text = "".join(part for part, _ in parts)
-        found = self.encode(text, special)
-        ends = np.cumsum([len(part.encode()) for part, _ in parts])
-        part_of = np.searchsorted(ends, found.starts, side="right")
-        learned = np.array([*(is_learned for _, is_learned in parts), parts[-1][1]])[part_of]
-        return dataclasses.replace(found, learned=learned)
+        found = self._tokenizer.encode(text, add_special_tokens=special)
+        is_learned = np.repeat([learned for _, learned in parts], [len(part) for part, _ in parts])
+        learned = np.array([is_learned[start:end].any() for start, end in found.offsets], bool)
+        return dataclasses.replace(self._example(found, text), learned=learned)
 
     def render(self, messages: list[dict[str, Any]], where: str) -> list[tuple[str, bool]]:
         """Returns a conversation as parts of a text; the parts that the assistant says are learned."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdjax.data.errors import explain_os_errors
-from kdjax.data.shards.manifest import MANIFEST, CacheManifest, ShardEntry, write_manifest
+from kdjax.data.shards.manifest import MANIFEST, CacheManifest, ShardEntry, read_cache_manifest, write_manifest
 from kdjax.data.shards.record_bytes import StoredRecord, encode
 from kdjax.data.shards.shard import ShardWriter, file_sha256, shard_name
 from kdjax.types import UserError
@@ -30,6 +30,13 @@ def plan_shards(lengths: Iterable[int], shard_tokens: int = SHARD_TOKENS) -> lis
             start, tokens = stop, 0
         tokens += length
     return [*shards, range(start, stop + 1)] if tokens else shards
+
+
+def is_complete(directory: Path, settings: Mapping[str, Any]) -> bool:
+    """Returns whether the directory holds a complete cache that was made with these settings."""
+    if not (directory / MANIFEST).exists():
+        return False
+    return read_cache_manifest(directory).source == json.loads(json.dumps(dict(settings)))
 
 
 class CacheWriter:

@@ -7,8 +7,8 @@
 
 The middle range is evenly spaced in sqrt(p), where every code costs the same: an error ds of sqrt(p) adds 2 ds^2 nats
 to the Kullback-Leibler divergence, on average (1/512)^2 / 6 for each entry. The upper range is evenly spaced in p, so
-that no probability is off by more than 1/512; the lower one in log p, so that no logarithm is off by more than 1/8 down
-to p = 5e-10, below which p counts as 5e-10.
+that no probability is off by more than 1/512; the lower one in log p, so that no logarithm is off by more than 1/4
+anywhere down to p = 5e-10, below which p counts as 5e-10.
 """
 
 import numpy as np

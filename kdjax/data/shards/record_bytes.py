@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from kdjax.data.records import Record
 from kdjax.data.shards.quantise import CODES, LARGEST, dequantise, quantise
 from kdjax.data.shards.symbols import NUMBERS, Alphabet, DamagedError, Packed
+from kdjax.types import UserError
 
 DIGEST_BYTES = 8
 LARGEST_COUNT = 2**24  # positions times entries of a record: more is refused before memory is reserved for them
@@ -103,8 +104,10 @@ class StoredRecord:
 
 
 def encode(record: StoredRecord, layout: Layout) -> bytes:
-    """Returns the bytes of a record, the same for equal records."""
+    """Returns the bytes of a record, the same for equal records. Raises UserError for an id outside the vocabulary."""
     ranks = layout.order.ranks
+    for name in ("tokens", "labels", "ids"):
+        _require_ids(name, getattr(record, name), len(ranks))
     tokens = ranks[record.tokens]
     arrays: dict[str, np.ndarray] = {
         "tokens": tokens,
@@ -127,6 +130,12 @@ def encode(record: StoredRecord, layout: Layout) -> bytes:
     packed = [_alphabet(name, layout).pack(arrays[name]) if name in arrays else None for name in ARRAYS]
     body = msgpack.packb([len(record), record.ids.shape[1], record.index, packed])
     return _digest(body) + body
+
+
+def _require_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        wrong = ids[(ids < 0) | (ids >= vocab_size)].flat[0]
+        raise UserError(f"{name} hold {wrong}, and the cache's vocabulary has the ids 0 to {vocab_size - 1}")
 
 
 def _exact_entries(record: StoredRecord, ranks: np.ndarray) -> dict[str, np.ndarray]:
