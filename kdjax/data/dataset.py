@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from kdjax.data.manifest import Manifest, compare_contents, read_manifest, requi
 from kdjax.data.packing import pack_rows
 from kdjax.data.records import Record
 from kdjax.data.shards.reader import is_cache
-from kdjax.data.store import RecordFile, RecordStore, select_records
+from kdjax.data.store import RecordFile, Records, RecordStore, select_records
 from kdjax.data.survey import Survey, counted, describe, diagnose
 from kdjax.types import UserError
 
@@ -41,7 +42,7 @@ class Dataset:
         rows: with data.pack, the record numbers of each row; None if every record is a row.
     """
 
-    def __init__(self, store: RecordStore, survey: Survey, manifests: list[Manifest], warnings: list[str]):
+    def __init__(self, store: RecordStore, survey: Survey, manifests: Sequence[Manifest], warnings: list[str]):
         data = store.requirements.data
         self.data = data
         self.top_k = survey.largest_top_k  # data.top_k, if that is set
@@ -173,8 +174,20 @@ def open_dataset(
         caches.get(source) or RecordFile(source, open_scratch(data.scratch_dir), data.allow_truncated)
         for source in sources
     ]
+    requirements = Requirements(data, vocab_size, need_log_sum_exp, ignore_teacher_ids)
+    return survey_files(files, requirements, manifests, ",".join(paths))
+
+
+def survey_files(
+    files: Sequence[Records], requirements: Requirements, manifests: Sequence[Manifest], name: str
+) -> Dataset:
+    """Selects and surveys the records of open files, and logs, after `name`, what looks wrong.
+
+    Raises UserError as `open_dataset` does.
+    """
+    data, ignore_teacher_ids = requirements.data, requirements.ignore_teacher_ids
     selection = select_records(files, data)
-    store = RecordStore(files, selection, Requirements(data, vocab_size, need_log_sum_exp, ignore_teacher_ids))
+    store = RecordStore(files, selection, requirements)
     for i in np.flatnonzero(selection.stored_lengths < 1):  # the index shows that these are damaged
         store.read(int(i))
     survey = _take_survey(store)
@@ -187,7 +200,7 @@ def open_dataset(
     for manifest in manifests:
         warnings += compare_contents(manifest, survey.largest_top_k, int(selection.stored_lengths.max()))
     for warning in warnings:
-        log.warning("%s: %s", ",".join(paths), warning)
+        log.warning("%s: %s", name, warning)
     return Dataset(store, survey, manifests, warnings)
 
 

@@ -7,12 +7,12 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int
 
 from kdjax.config import DataConfig
-from kdjax.data.cache_file import CacheFile
 from kdjax.data.checks import Findings, Requirements, check
 from kdjax.data.errors import explain_os_errors
 from kdjax.data.files.decompress import decompress
@@ -23,6 +23,28 @@ from kdjax.data.records import Record, RecordError, decode
 from kdjax.types import UserError
 
 log = logging.getLogger(__name__)
+
+
+class Records(Protocol):
+    """An open file, or cache, of records. Safe to read from several threads."""
+
+    @property
+    def source(self) -> Source:
+        """Where it is, and how the configuration named it."""
+
+    @property
+    def index(self) -> Index:
+        """Its records."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it ends in the middle of a record, which is left out."""
+
+    def record(self, number: int) -> Record:
+        """Returns record `number` (from 0), not yet checked. Raises RecordError if it cannot be decoded."""
+
+    def where(self, number: int) -> str:
+        """Returns the file and the record, counted from 1, for messages."""
 
 
 class RecordFile:
@@ -69,7 +91,7 @@ class Selection:
     superseded: int  # records whose "index" a later record of the same data path has; skipped with data.dedupe
 
 
-def select_records(files: Sequence[RecordFile | CacheFile], data: DataConfig) -> Selection:
+def select_records(files: Sequence[Records], data: DataConfig) -> Selection:
     """Applies `data.dedupe` and `data.over_long` to all records of `files`.
 
     Raises UserError if a file has no records, if a chunk does not have `data.n_examples_per_chunk`, if a record is too
@@ -110,7 +132,7 @@ def select_records(files: Sequence[RecordFile | CacheFile], data: DataConfig) ->
     )
 
 
-def _require_counts(files: Sequence[RecordFile | CacheFile], n_examples_per_chunk: int | None) -> None:
+def _require_counts(files: Sequence[Records], n_examples_per_chunk: int | None) -> None:
     for file in files:
         if not len(file.index):
             raise UserError(f"{file.source.path}: holds no record; remove this file or generate it again")
@@ -122,7 +144,7 @@ def _require_counts(files: Sequence[RecordFile | CacheFile], n_examples_per_chun
             )
 
 
-def _superseded(files: Sequence[RecordFile | CacheFile]) -> np.ndarray:
+def _superseded(files: Sequence[Records]) -> np.ndarray:
     """Returns which of all records have an "index" that a later record of the same configured path has too."""
     index_N = np.concatenate([file.index.indices for file in files])
     entry_N = np.repeat([file.source.entry for file in files], [len(file.index) for file in files])
@@ -136,7 +158,7 @@ def _superseded(files: Sequence[RecordFile | CacheFile]) -> np.ndarray:
 class RecordStore:
     """The selected records, checked when read. Skips damaged ones, up to data.max_bad_records."""
 
-    def __init__(self, files: Sequence[RecordFile | CacheFile], selection: Selection, requirements: Requirements):
+    def __init__(self, files: Sequence[Records], selection: Selection, requirements: Requirements):
         self.files = files
         self.selection = selection
         self.requirements = requirements

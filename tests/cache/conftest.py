@@ -1,5 +1,6 @@
 """A teacher and a text that all tests of this folder share."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,9 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prose") / "prose.txt"
     path.write_text(text(3000, start=30000))
     return path
+
+
+@pytest.fixture(autouse=True)
+def own_scratch_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indices and decompressed files of one test are not seen by another."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("scratch")))

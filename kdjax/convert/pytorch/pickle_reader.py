@@ -20,7 +20,7 @@ DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name, name))
     for name in (
         "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
-        "int64", "int32", "int16", "int8", "uint8", "bool",
+        "int64", "int32", "int16", "int8", "uint16", "uint8", "bool",
     )
 }  # fmt: skip
 STORAGES = {
