@@ -4,18 +4,12 @@
 """
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from kdjax.cache.statistics import Statistics, take_statistics
+from kdjax.cache.statistics import Statistics, sample, take_statistics
 from kdjax.data.shards.manifest import MANIFEST
 from kdjax.data.shards.reader import Cache
-from kdjax.data.shards.record_bytes import StoredRecord
 from kdjax.data.survey import counted
-
-SAMPLE = 256  # records that the statistics are taken from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +56,3 @@ def summarise(cache: Cache) -> list[str]:
             f"more; the teacher's most likely token is the label at {found.agreement:.1%} of positions"
         )
     return lines
-
-
-def sample(cache: Cache) -> Iterator[StoredRecord]:
-    """Yields up to `SAMPLE` records, spread evenly over the cache."""
-    for i in np.unique(np.linspace(0, len(cache) - 1, min(len(cache), SAMPLE)).round().astype(int)):
-        yield cache.read(int(i))

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from kdjax import cli
-from kdjax.cache.info import sample
-from kdjax.cache.statistics import label_nll, log_probs
+from kdjax.cache.statistics import label_nll, log_probs, sample
 from kdjax.data.shards.reader import Cache
 
 BLUE, RED = "#4477aa", "#ee6677"

@@ -1,12 +1,16 @@
 """What a record's targets say of its teacher: mass, entropy, agreement with the labels, and their likelihood."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float
 
 from kdjax.data.shards.manifest import CacheManifest
+from kdjax.data.shards.reader import Cache
 from kdjax.data.shards.record_bytes import StoredRecord
+
+SAMPLE = 256  # records that the statistics of a cache are taken from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,3 +103,9 @@ def label_nll(record: StoredRecord, manifest: CacheManifest) -> Float[np.ndarray
     return -np.where(
         hit.any(axis=1), np.where(hit, log_p, -np.inf).max(axis=1, initial=-np.inf), np.log(tail_S / others)
     )
+
+
+def sample(cache: Cache) -> Iterator[StoredRecord]:
+    """Yields up to `SAMPLE` records, spread evenly over the cache."""
+    for i in np.unique(np.linspace(0, len(cache) - 1, min(len(cache), SAMPLE)).round().astype(int)):
+        yield cache.read(int(i))
