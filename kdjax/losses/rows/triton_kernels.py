@@ -24,12 +24,14 @@ def sweep(
     columns_NxC,
     n_valid_N,  # read where PADDED
     t_NxK,  # the teacher's logits, read where TAUGHT
-    t_lse_N,  # its logsumexp, read where TAUGHT and for the ghost
+    t_lse_N,  # its logsumexp, read where TAUGHT if the objective needs it
+    w_NxK,  # the weights of sampled targets, read where TAUGHT
     topk_NxK,  # written, like all that follow
     label_N,
-    row_max_N,  # where LOG_SUM
-    log_sum_N,  # where LOG_SUM
-    kd_N,  # where TAUGHT
+    row_max_N,  # where LOG_SUM, without the entries for the ghost
+    log_sum_N,  # where LOG_SUM, likewise
+    kd_N,  # where TAUGHT, which the ghost is not
+    without_entries_NxV,  # for the ghost where LOG_SUM; the memory of logits_NxV
     OBJECTIVE: tl.constexpr,
     V: tl.constexpr,
     K: tl.constexpr,
@@ -47,7 +49,8 @@ def sweep(
     z_E = tl.load(logits_V + column_E, mask=column_E < V, other=float("nan")).to(tl.float32)
     tl.store(topk_NxK + row * K + e, z_E, mask=e < K)
     label_column = tl.load(columns_NxC + row * (K + 1) + K)
-    tl.store(label_N + row, tl.load(logits_V + label_column, mask=label_column < V, other=float("nan")))
+    z_label = tl.load(logits_V + label_column, mask=label_column < V, other=float("nan")).to(tl.float32)
+    tl.store(label_N + row, z_label)
 
     row_max = 0.0
     log_sum = 0.0
@@ -55,13 +58,29 @@ def sweep(
         n_valid = V
         if PADDED:
             n_valid = tl.load(n_valid_N + row)
+        if OBJECTIVE.ghost:
+            logits_V = without_entries_NxV + row * V
+            tl.debug_barrier()  # all threads have loaded the entries
+            tl.store(logits_V + column_E, tl.full((E,), float("-inf"), tl.float32), mask=column_E < V)
+            tl.debug_barrier()  # and read what others have written
         row_max, log_sum = _row_log_sum(logits_V, n_valid, OBJECTIVE, V, R, L, PADDED)
         tl.store(row_max_N + row, row_max)
         tl.store(log_sum_N + row, log_sum)
     if TAUGHT:
         t_E = tl.load(t_NxK + row * K + e, mask=e < K, other=float("-inf")).to(tl.float32)
         normalisers = _normalisers(t_E, z_E, t_lse_N + row, row_max, log_sum, OBJECTIVE)
-        tl.store(kd_N + row, _divergence(t_E, z_E, normalisers, OBJECTIVE))
+        if OBJECTIVE.label_tail or OBJECTIVE.sampled:
+            w_E, w_label = _weights(t_E, w_NxK + row * K, e, normalisers, K, OBJECTIVE)
+            log_t_E, log_p_E = _log_probs(t_E, z_E, normalisers, OBJECTIVE)
+            if OBJECTIVE.label_tail:
+                label_nll = log_sum - OBJECTIVE.logits_scale * (z_label - row_max)
+                kd = _times(w_label, label_nll) - tl.sum(_times(w_E, log_p_E), axis=0)
+            else:
+                kd = tl.sum(_times(w_E, log_t_E - log_p_E), axis=0)
+        else:
+            log_p_E, log_q_E = _log_probs(t_E, z_E, normalisers, OBJECTIVE)
+            kd = tl.sum(_share(log_p_E, log_q_E, OBJECTIVE), axis=0)
+        tl.store(kd_N + row, kd)
 
 
 @triton.jit
@@ -102,11 +121,14 @@ def spread(
     columns_NxC,
     n_valid_N,  # read where PADDED
     t_NxK,
-    t_lse_N,  # read for the ghost
+    t_lse_N,  # read where the objective needs the teacher's logsumexp
+    w_NxK,  # read for sampled targets
     topk_NxK,
     label_N,
     row_max_N,  # read where the objective needs the log-sum
     log_sum_N,  # read where the objective needs the log-sum
+    tail_max_N,  # read for the ghost
+    tail_log_sum_N,  # read for the ghost
     kd_ct_N,
     sft_ct_N,
     logits_ct_NxV,  # written; may be logits_NxV
@@ -130,19 +152,46 @@ def spread(
     e = tl.arange(0, E)
     t_E, z_E = _entries(t_K, topk_K, e, K)
     normalisers = _normalisers(t_E, z_E, t_lse_N + row, row_max, log_sum, OBJECTIVE)
-    common_slope, slope_sum = _slopes(t_E, z_E, normalisers, OBJECTIVE)
 
-    factor = 0.0  # each column receives this times its exponential through the log-sum
-    if OBJECTIVE.needs_log_sum:
-        log_sum_ct = sft_ct
+    # kd's slopes: by the entries -w, or d_k - common q_k; by the label -w_label; by the log-sums as named.
+    common = 0.0
+    label_ct = sft_ct
+    log_sum_ct = sft_ct
+    tail_ct = 0.0
+    log_q_rest = 0.0
+    if OBJECTIVE.label_tail or OBJECTIVE.sampled:
+        w_E, w_label = _weights(t_E, w_NxK + row * K, e, normalisers, K, OBJECTIVE)
+        label_ct += _times(kd_ct, w_label)
+        log_sum_ct += _times(kd_ct, tl.sum(w_E, axis=0) + w_label)
+    else:
+        log_p_E, log_q_E = _log_probs(t_E, z_E, normalisers, OBJECTIVE)
+        slope_sum = tl.sum(_slope(log_p_E, log_q_E, OBJECTIVE), axis=0)
         if OBJECTIVE.ghost:
-            log_sum_ct -= tl.where(kd_ct == 0, 0.0, kd_ct * slope_sum)
-        factor = tl.where(log_sum_ct == 0, 0.0, OBJECTIVE.logits_scale * log_sum_ct * tl.exp(-log_sum))
+            tail_max = tl.load(tail_max_N + row)
+            tail_log_sum = tl.load(tail_log_sum_N + row)
+            log_q_rest = OBJECTIVE.logits_scale * (tail_max - row_max) + tail_log_sum - log_sum
+            tail_slope = _tail_slope(log_p_E, log_q_rest, OBJECTIVE)
+            log_sum_ct -= _times(kd_ct, slope_sum + tail_slope)
+            tail_ct = _times(kd_ct, tail_slope)
+        else:
+            common = slope_sum
+
+    # Each column receives the factor times its exponential through the log-sums; the entries are not in the tail.
+    topk_factor = 0.0
+    factor = 0.0
+    centre = row_max
+    if OBJECTIVE.needs_log_sum:
+        topk_factor = OBJECTIVE.logits_scale * _times(log_sum_ct, tl.exp(-log_sum))
+        factor = topk_factor
+        if OBJECTIVE.ghost:
+            tail_ct += _times(log_sum_ct, tl.exp(log_q_rest))
+            factor = OBJECTIVE.logits_scale * _times(tail_ct, tl.exp(-tail_log_sum))
+            centre = tl.where(tail_max == float("-inf"), 0.0, tail_max)
     n_valid = V
     if PADDED:
         n_valid = tl.load(n_valid_N + row)
     logits_ct_V = logits_ct_NxV + row * V
-    _stream(logits_NxV + row * V, logits_ct_V, factor, row_max, n_valid, OBJECTIVE, V, BLOCK)
+    _stream(logits_NxV + row * V, logits_ct_V, factor, centre, n_valid, OBJECTIVE, V, BLOCK)
 
     # Once every thread has written its part, overwrite the taught columns, each with the sum over its duplicates.
     tl.debug_barrier()
@@ -151,49 +200,59 @@ def spread(
     for start in tl.range(0, K + 1, J):
         j = start + tl.arange(0, J)
         t_J, z_J = _entries(t_K, topk_K, j, K)
-        ct_J = _topk_ct(t_J, z_J, normalisers, common_slope, kd_ct, OBJECTIVE)
-        ct_J = tl.where(j == K, -OBJECTIVE.logits_scale * sft_ct, ct_J)
+        if OBJECTIVE.label_tail or OBJECTIVE.sampled:
+            w_J, _ = _weights(t_J, w_NxK + row * K, j, normalisers, K, OBJECTIVE)
+            slope_J = -w_J
+        else:
+            log_p_J, log_q_J = _log_probs(t_J, z_J, normalisers, OBJECTIVE)
+            slope_J = _slope(log_p_J, log_q_J, OBJECTIVE) - tl.exp(log_q_J) * common
+        ct_J = OBJECTIVE.logits_scale * tl.where(j == K, -label_ct, _times(kd_ct, slope_J))
         column_J = tl.load(columns_C + j, mask=j <= K, other=-1)
         ct_ExJ += tl.where(column_E[:, None] == column_J[None, :], ct_J[None, :], 0.0)
     ct_E = tl.sum(ct_ExJ, axis=1)
     if OBJECTIVE.needs_log_sum:
-        z_E = tl.where(e == K, tl.load(label_N + row), z_E)
-        ct_E += tl.where(factor == 0, 0.0, _softmax_ct(z_E, factor, row_max, OBJECTIVE))
+        dense_E = _times(topk_factor, _exp(z_E - row_max, OBJECTIVE))
+        z_label = tl.load(label_N + row)
+        label_column = tl.load(columns_C + K)
+        has_entry = tl.max(tl.where((column_E == label_column) & (e < K), 1, 0), axis=0) != 0
+        label_dense = _times(factor, _exp(z_label - centre, OBJECTIVE))
+        label_dense = tl.where(has_entry, _times(topk_factor, _exp(z_label - row_max, OBJECTIVE)), label_dense)
+        ct_E += tl.where(e == K, label_dense, dense_E)
     tl.store(logits_ct_V + column_E, ct_E, mask=column_E < V)
 
 
 @triton.jit
 def _stream(
-    logits_V, logits_ct_V, factor, row_max, n_valid, OBJECTIVE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
+    logits_V, logits_ct_V, factor, centre, n_valid, OBJECTIVE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Writes the softmax part of the row; if the factor is 0, writes zeros without reading the logits."""
     # As a product, so that the compiler sees its divisors and loads masked by it stay 16 bytes wide.
     readable = V * (factor != 0).to(tl.int32)
-    row_max = tl.where(factor == 0, 0.0, row_max)  # that of a masked row may be NaN
+    centre = tl.where(factor == 0, 0.0, centre)  # that of a masked row may be NaN
     whole = n_valid // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        ct = _dense_ct(logits_V, column, readable, factor, row_max, OBJECTIVE)
+        ct = _dense_ct(logits_V, column, readable, factor, centre, OBJECTIVE)
         tl.store(logits_ct_V + column, ct)
     for start in tl.range(whole, V, BLOCK):  # the ragged block and all padding
         column = start + tl.arange(0, BLOCK)
-        ct = _dense_ct(logits_V, column, readable, factor, row_max, OBJECTIVE)
+        ct = _dense_ct(logits_V, column, readable, factor, centre, OBJECTIVE)
         tl.store(logits_ct_V + column, tl.where(column < n_valid, ct, 0.0), mask=column < V)
 
 
 @triton.jit
-def _dense_ct(logits_V, column, readable, factor, row_max, OBJECTIVE: tl.constexpr):
+def _dense_ct(logits_V, column, readable, factor, centre, OBJECTIVE: tl.constexpr):
     if OBJECTIVE.needs_log_sum:
         z = tl.load(logits_V + column, mask=column < readable, other=0.0).to(tl.float32)
-        ct = _softmax_ct(z, factor, row_max, OBJECTIVE)
+        ct = factor * _exp(z - centre, OBJECTIVE)
     else:
         ct = tl.zeros(column.shape, tl.float32)
     return ct
 
 
 @triton.jit
-def _softmax_ct(z, factor, row_max, OBJECTIVE: tl.constexpr):
-    return factor * tl.exp2(OBJECTIVE.logits_scale * LOG2_E * (z - row_max))
+def _exp(z, OBJECTIVE: tl.constexpr):
+    return tl.exp2(OBJECTIVE.logits_scale * LOG2_E * z)
 
 
 @triton.jit
@@ -206,7 +265,7 @@ def _entries(t_K, topk_K, e, K: tl.constexpr):
 @triton.jit
 def _normalisers(t_E, z_E, t_lse, row_max, log_sum, OBJECTIVE: tl.constexpr):
     """Returns centre and log-sum of the teacher's log-probabilities, then of the student's."""
-    if OBJECTIVE.ghost:
+    if OBJECTIVE.needs_teacher_log_sum:
         t_centre = tl.load(t_lse).to(tl.float32)
         t_log_sum = 0.0
         z_centre, z_log_sum = row_max, log_sum
@@ -234,35 +293,23 @@ def _log_probs(t, z, normalisers, OBJECTIVE: tl.constexpr):
 
 
 @triton.jit
-def _divergence(t_E, z_E, normalisers, OBJECTIVE: tl.constexpr):
-    log_p_E, log_q_E = _log_probs(t_E, z_E, normalisers, OBJECTIVE)
-    kd = tl.sum(_share(log_p_E, log_q_E, OBJECTIVE), axis=0)
-    if OBJECTIVE.ghost:
-        log_p_rest, _ = _log_rest(log_p_E)
-        log_q_rest, _ = _log_rest(log_q_E)
-        kd += _share(log_p_rest, log_q_rest, OBJECTIVE)
-    return kd
-
-
-@triton.jit
-def _slopes(t_E, z_E, normalisers, OBJECTIVE: tl.constexpr):
-    """Returns c of the slopes d_k - c q_k, the derivatives by scale z_k, and the sum of these slopes."""
-    log_p_E, log_q_E = _log_probs(t_E, z_E, normalisers, OBJECTIVE)
-    slope_E = _slope(log_p_E, log_q_E, OBJECTIVE)
-    if OBJECTIVE.ghost:
-        log_p_rest, _ = _log_rest(log_p_E)
-        log_q_rest, clamped = _log_rest(log_q_E)
-        common = tl.where(clamped, 0.0, _slope(log_p_rest, log_q_rest, OBJECTIVE) * tl.exp(-log_q_rest))
+def _weights(t, w_K, e, normalisers, K: tl.constexpr, OBJECTIVE: tl.constexpr):
+    """Returns the shares of the target that entries e carry and, of all entries, the share that is left to the label."""
+    if OBJECTIVE.sampled:
+        w = tl.where(t != float("-inf"), tl.load(w_K + e, mask=e < K, other=0.0).to(tl.float32), 0.0)
+        w_label = 0.0
     else:
-        common = tl.sum(slope_E, axis=0)
-    return common, tl.sum(slope_E - tl.exp(log_q_E) * common, axis=0)
+        w = tl.exp(t - normalisers[0])
+        w_label = tl.maximum(1 - tl.sum(w, axis=0), 0.0)
+    return w, w_label
 
 
 @triton.jit
-def _topk_ct(t, z, normalisers, common, kd_ct, OBJECTIVE: tl.constexpr):
-    log_p, log_q = _log_probs(t, z, normalisers, OBJECTIVE)
-    slope = _slope(log_p, log_q, OBJECTIVE) - tl.exp(log_q) * common
-    return tl.where(kd_ct == 0, 0.0, OBJECTIVE.logits_scale * kd_ct * slope)
+def _tail_slope(log_p_E, log_q_rest, OBJECTIVE: tl.constexpr):
+    """Returns d of the tail's bucket, 0 where the student has no tail."""
+    log_p_rest = tl.where(log_q_rest == float("-inf"), ABSENT, _log_rest(log_p_E))
+    log_q_rest = tl.where(log_q_rest == float("-inf"), ABSENT, log_q_rest)
+    return _slope(log_p_rest, log_q_rest, OBJECTIVE)
 
 
 @triton.jit
@@ -299,16 +346,20 @@ def _log_mixture(log_p, log_q, OBJECTIVE: tl.constexpr):
 
 @triton.jit
 def _times_exp(log_x, y):
-    x = tl.exp(log_x)
+    return _times(tl.exp(log_x), y)
+
+
+@triton.jit
+def _times(x, y):
     return tl.where(x == 0, 0.0, x * y)
 
 
 @triton.jit
 def _log_rest(log_prob_E):
-    """Returns log(1 - the mass of these), clamped (`reference.MAX_LOG_MASS`), and whether it was clamped."""
+    """Returns log(1 - the mass of these), which is clamped (`reference.MAX_LOG_MASS`)."""
     largest = tl.max(log_prob_E, axis=0)
     log_mass = largest + tl.log(tl.sum(tl.exp(log_prob_E - largest), axis=0))
-    return _log1mexp(tl.minimum(log_mass, MAX_LOG_MASS)), log_mass > MAX_LOG_MASS
+    return _log1mexp(tl.minimum(log_mass, MAX_LOG_MASS))
 
 
 @triton.jit
