@@ -1,9 +1,9 @@
 """The losses of a position as functions of the few numbers that they depend on, and their derivatives by these numbers.
 
 A position's loss depends on the student through K + 3 numbers: the logits at the teacher's ids, the logit of the label,
-the logsumexp over the vocabulary, and for a ghost tail the logsumexp over the ids that are not taught. An implementation
-passes over the vocabulary to pick them (`Picked`), computes the losses and their derivatives by the picked numbers here,
-and spreads these derivatives over the vocabulary again.
+the logsumexp over the vocabulary, and for a ghost tail that over the ids that are not taught. An implementation passes
+over the vocabulary to pick them (`Picked`), computes the losses and their derivatives by the picked numbers here, and
+spreads these derivatives over the vocabulary again.
 
 Everything here is elementwise or a reduction over K, so that a GPU kernel can run it on its own row. The derivatives
 are closed formulas: with f_k the share of bucket k in the divergence and d_k = df_k / d log q_k,

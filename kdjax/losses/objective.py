@@ -133,7 +133,7 @@ class Objective:
         if not self.ghost and self.kd_loss != "fwd_kl":
             fail(
                 "kd_loss",
-                f"does not work with {chosen}, which has a forward KL only; set {prefix}kd_loss = 'fwd_kl' or {way_out}",
+                f"does not work with {chosen}, which is a forward KL; set {prefix}kd_loss = 'fwd_kl' or {way_out}",
             )
         if not self.ghost and self.rank_match:
             fail(
@@ -239,8 +239,8 @@ def check_supervision(objective: Objective, supervision: Supervision, positions:
         _check_shape("topk_weights", topk_weights, (*positions, k))
     elif objective.sampled:
         raise UserError(
-            "targets = 'sampled' needs topk_weights [B, T, K], the share of the target that each entry carries, which is"
-            " None; give them or choose targets = 'topk'"
+            "targets = 'sampled' needs topk_weights [B, T, K], the share of the target that each entry carries, which"
+            " is None; give them or choose targets = 'topk'"
         )
 
 

@@ -11,8 +11,8 @@ At each position, with student logits z [V], teacher entries (i_k, tau_k) for k 
     bwd_kl:  kd = sum_k q_k (log q_k - log p_k)
     jsd:     kd = b KL(p | m) + (1 - b) KL(q | m),   m = b p + (1 - b) q,   b = jsd_beta
 
-The other targets are probabilities over the whole vocabulary: T_k = exp(tau_k - logsumexp of the teacher), and the student's
-P = softmax of logits_scale z over V. With tail = "ghost" these are the p and q above, and the sums have one more bucket:
+Otherwise the probabilities are those over the whole vocabulary: T_k = exp(tau_k - logsumexp of the teacher), and the
+student's P = softmax_V(logits_scale z). With tail = "ghost" they are the p and q above, with one more bucket:
 
     p_tail = 1 - sum_k T_k                 q_tail = sum of P over the ids that are not taught
 
@@ -30,9 +30,9 @@ The whole loss:
 `GPTKnowledgeDistillationModel`.
 
 The label's tail is the "naive fix", and the sampled targets are the random sampling, of Anshumann et al., "Sparse Logit
-Sampling", ACL 2025. With N ids drawn from the teacher's softmax, id i_k n_k times, w_k = n_k / N makes loss and gradient
-unbiased estimates of those of KL(teacher | student) over the whole vocabulary. So does exactness at the head: w_k = T_k at
-the teacher's top ids, of mass M, beside ids drawn from the rest of its softmax with w_k = (1 - M) n_k / N.
+Sampling", ACL 2025. With N ids drawn from the teacher's softmax, id i_k n_k times, w_k = n_k / N makes loss and
+gradient unbiased estimates of those of KL(teacher | student) over the whole vocabulary. So do exact top ids, of mass M,
+with w_k = T_k, beside N ids drawn from the rest of the softmax with w_k = (1 - M) n_k / N.
 """
 
 import jax
@@ -45,8 +45,8 @@ from kdjax.losses.objective import LossSums, Objective, Supervision, computation
 # subtracted from itself.
 ABSENT = -1e30
 
-# The largest log-mass of the teacher's top-k; 2^-23 is float32's epsilon. Where the logsumexp over K rounds to the stored
-# one over V or above it, the rest would be log(0) or the log of a negative number.
+# The largest log-mass of the teacher's top-k; 2^-23 is float32's epsilon. Where the logsumexp over K, rounded, is that
+# over V or more, the rest would be log(0) or the log of a negative number.
 MAX_LOG_MASS = -(2.0**-23)
 
 

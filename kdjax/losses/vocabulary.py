@@ -106,9 +106,7 @@ def _largest(
     return jnp.where(mine, jnp.take_along_axis(columns, places % columns.shape[-1], axis=-1), width)
 
 
-def join(
-    objective: Objective, vocabulary: Vocabulary, picked: Picked, rows: Rows, supervision: Supervision
-) -> Picked:
+def join(objective: Objective, vocabulary: Vocabulary, picked: Picked, rows: Rows, supervision: Supervision) -> Picked:
     """Returns what is picked of the whole vocabulary, given what this shard picked of its rows."""
     if vocabulary.axis_names:
         picked = _joined(objective, vocabulary, picked, rows, supervision)

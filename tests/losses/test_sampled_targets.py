@@ -36,7 +36,7 @@ def full_kl(student: np.ndarray, teacher: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def drawn(teacher: np.ndarray, top: int, *, merged: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids and weights [SETS, T, K] of `top` exact entries and of N draws from the rest of the teacher's softmax.
+    """Returns ids and weights [SETS, T, K] of `top` exact entries and of N draws from the rest of the softmax.
 
     Merged, a draw that repeats an earlier one is absent and its weight is added to that one's.
     """
@@ -124,9 +124,7 @@ def test_without_the_draws_it_is_biased() -> None:
 def test_exact_heads_have_less_variance() -> None:
     """With as many draws, the more entries are exact, the less the gradient varies; with all of them it is exact."""
     student, teacher = problem()
-    spreads = [
-        estimates(student, teacher, *drawn(teacher, top), 1)[1].var(axis=0).sum() for top in (0, TOP, 4 * TOP)
-    ]
+    spreads = [estimates(student, teacher, *drawn(teacher, top), 1)[1].var(axis=0).sum() for top in (0, TOP, 4 * TOP)]
     assert spreads[0] > 2 * spreads[1] > 4 * spreads[2]
     t = softmax(teacher)
     ids = np.broadcast_to(np.arange(V, dtype=np.int32), (1, T, V))

@@ -21,7 +21,9 @@ class Exponentials(NamedTuple):
     """The exponentials that a sweep computed, for the spread that follows it."""
 
     values: Float[Array, "*P W"]  # exp(logits_scale (z - largest)); for a ghost objective 0 at the entries
-    largest: Float[Array, "*P"]  # of the columns summed, which may be those of one shard of the vocabulary; -inf if none
+    largest: Float[
+        Array, "*P"
+    ]  # of the columns summed, which may be those of one shard of the vocabulary; -inf if none
 
 
 class Swept(NamedTuple):

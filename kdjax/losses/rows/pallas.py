@@ -107,11 +107,14 @@ class Kernels:
         assert exponentials is None
         *positions, _ = rows.logits.shape
         rows = _with_n_valid_per_row(rows)
+        topk_logits, teacher_log_sum, topk_weights = _teacher(objective, supervision)
         inputs = _SpreadInputs(
             rows.logits,
             rows.columns,
             rows.n_valid,
-            *_teacher(objective, supervision),
+            topk_logits,
+            teacher_log_sum,
+            topk_weights,
             *picked,
             kd_ct,
             sft_ct,
@@ -232,8 +235,8 @@ def _spread_kernel(objective: Objective, interpret: bool, inputs: _SpreadInputs[
     entries_E = jnp.arange(pl.next_power_of_2(k), dtype=jnp.int32)
     columns_E = _load(inputs.columns, entries_E, entries_E < k, w)
     topk_E = _load(inputs.topk, entries_E, entries_E < k, jnp.nan)
-    numbers = (inputs.label, inputs.row_max, inputs.log_sum, inputs.tail_max, inputs.tail_log_sum)
-    picked = Picked(topk_E, *map(_number, numbers))
+    log_sums = (inputs.row_max, inputs.log_sum, inputs.tail_max, inputs.tail_log_sum)
+    picked = Picked(topk_E, inputs.label[...], *map(_number, log_sums))
     supervision = _supervision(inputs, entries_E, columns_E)
     cotangents = differentiate(objective, picked, supervision, inputs.kd_ct[...], inputs.sft_ct[...])
     _stream(objective.logits_scale, cotangents.elsewhere, inputs.logits, _number(inputs.n_valid), logits_ct)
@@ -289,9 +292,7 @@ def _log_sum(
     return jnp.where(total == 0, -jnp.inf, row_max), jnp.log(total)
 
 
-def _stream(
-    scale: float, dense: Dense | None, logits: Ref, n_valid: Int[Array, ""] | None, logits_ct: Ref
-) -> None:
+def _stream(scale: float, dense: Dense | None, logits: Ref, n_valid: Int[Array, ""] | None, logits_ct: Ref) -> None:
     """Writes the dense part of the row, or zeros without reading the logits if there is none."""
 
     def step(columns_RxL: Array, mask: Array | None, carry: tuple[()]) -> tuple[()]:
@@ -324,7 +325,9 @@ def _overwrite(
         columns_J = _load(inputs.columns, entries_J, entries_J < k, w)
         z_J = _load(inputs.topk, entries_J, entries_J < k, 0)
         same_JxE = columns_J[:, None] == columns_E[None, :]
-        value_J = _dense_at(scale, cotangents.at_topk, z_J) + jnp.where(same_JxE, cotangents.topk[None, :], 0).sum(axis=1)
+        value_J = _dense_at(scale, cotangents.at_topk, z_J) + jnp.where(same_JxE, cotangents.topk[None, :], 0).sum(
+            axis=1
+        )
         value_J += jnp.where(columns_J == label_column, cotangents.label, 0)
         plgpu.store(logits_ct.at[columns_J], value_J.astype(dtype), mask=columns_J < w)
         return carry

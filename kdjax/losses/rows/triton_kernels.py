@@ -69,17 +69,7 @@ def sweep(
     if TAUGHT:
         t_E = tl.load(t_NxK + row * K + e, mask=e < K, other=float("-inf")).to(tl.float32)
         normalisers = _normalisers(t_E, z_E, t_lse_N + row, row_max, log_sum, OBJECTIVE)
-        if OBJECTIVE.label_tail or OBJECTIVE.sampled:
-            w_E, w_label = _weights(t_E, w_NxK + row * K, e, normalisers, K, OBJECTIVE)
-            log_t_E, log_p_E = _log_probs(t_E, z_E, normalisers, OBJECTIVE)
-            if OBJECTIVE.label_tail:
-                label_nll = log_sum - OBJECTIVE.logits_scale * (z_label - row_max)
-                kd = _times(w_label, label_nll) - tl.sum(_times(w_E, log_p_E), axis=0)
-            else:
-                kd = tl.sum(_times(w_E, log_t_E - log_p_E), axis=0)
-        else:
-            log_p_E, log_q_E = _log_probs(t_E, z_E, normalisers, OBJECTIVE)
-            kd = tl.sum(_share(log_p_E, log_q_E, OBJECTIVE), axis=0)
+        kd = _kd(t_E, z_E, z_label, w_NxK + row * K, e, normalisers, K, OBJECTIVE)
         tl.store(kd_N + row, kd)
 
 
@@ -146,47 +136,30 @@ def spread(
     sft_ct = tl.load(sft_ct_N + row)
     row_max = 0.0
     log_sum = 0.0
+    tail_max = 0.0
+    tail_log_sum = 0.0
     if OBJECTIVE.needs_log_sum:
         row_max = tl.load(row_max_N + row)
         log_sum = tl.load(log_sum_N + row)
+    if OBJECTIVE.ghost:
+        tail_max = tl.load(tail_max_N + row)
+        tail_log_sum = tl.load(tail_log_sum_N + row)
     e = tl.arange(0, E)
     t_E, z_E = _entries(t_K, topk_K, e, K)
     normalisers = _normalisers(t_E, z_E, t_lse_N + row, row_max, log_sum, OBJECTIVE)
+    w_K = w_NxK + row * K
+    cts = _cotangents(t_E, z_E, w_K, e, normalisers, (tail_max, tail_log_sum), (kd_ct, sft_ct), K, OBJECTIVE)
+    common, label_ct, log_sum_ct, tail_ct = cts
 
-    # kd's slopes: by the entries -w, or d_k - common q_k; by the label -w_label; by the log-sums as named.
-    common = 0.0
-    label_ct = sft_ct
-    log_sum_ct = sft_ct
-    tail_ct = 0.0
-    log_q_rest = 0.0
-    if OBJECTIVE.label_tail or OBJECTIVE.sampled:
-        w_E, w_label = _weights(t_E, w_NxK + row * K, e, normalisers, K, OBJECTIVE)
-        label_ct += _times(kd_ct, w_label)
-        log_sum_ct += _times(kd_ct, tl.sum(w_E, axis=0) + w_label)
-    else:
-        log_p_E, log_q_E = _log_probs(t_E, z_E, normalisers, OBJECTIVE)
-        slope_sum = tl.sum(_slope(log_p_E, log_q_E, OBJECTIVE), axis=0)
-        if OBJECTIVE.ghost:
-            tail_max = tl.load(tail_max_N + row)
-            tail_log_sum = tl.load(tail_log_sum_N + row)
-            log_q_rest = OBJECTIVE.logits_scale * (tail_max - row_max) + tail_log_sum - log_sum
-            tail_slope = _tail_slope(log_p_E, log_q_rest, OBJECTIVE)
-            log_sum_ct -= _times(kd_ct, slope_sum + tail_slope)
-            tail_ct = _times(kd_ct, tail_slope)
-        else:
-            common = slope_sum
-
-    # Each column receives the factor times its exponential through the log-sums; the entries are not in the tail.
-    topk_factor = 0.0
-    factor = 0.0
-    centre = row_max
+    # Through the log-sums a column receives a factor times exp(logits_scale (z - centre)).
+    at_topk = 0.0
     if OBJECTIVE.needs_log_sum:
-        topk_factor = OBJECTIVE.logits_scale * _times(log_sum_ct, tl.exp(-log_sum))
-        factor = topk_factor
-        if OBJECTIVE.ghost:
-            tail_ct += _times(log_sum_ct, tl.exp(log_q_rest))
-            factor = OBJECTIVE.logits_scale * _times(tail_ct, tl.exp(-tail_log_sum))
-            centre = tl.where(tail_max == float("-inf"), 0.0, tail_max)
+        at_topk = OBJECTIVE.logits_scale * _times(log_sum_ct, tl.exp(-log_sum))
+    factor = at_topk
+    centre = row_max
+    if OBJECTIVE.ghost:  # in the tail, which the entries are not in
+        factor = OBJECTIVE.logits_scale * _times(tail_ct, tl.exp(-tail_log_sum))
+        centre = tl.where(tail_max == float("-inf"), 0.0, tail_max)
     n_valid = V
     if PADDED:
         n_valid = tl.load(n_valid_N + row)
@@ -200,24 +173,16 @@ def spread(
     for start in tl.range(0, K + 1, J):
         j = start + tl.arange(0, J)
         t_J, z_J = _entries(t_K, topk_K, j, K)
-        if OBJECTIVE.label_tail or OBJECTIVE.sampled:
-            w_J, _ = _weights(t_J, w_NxK + row * K, j, normalisers, K, OBJECTIVE)
-            slope_J = -w_J
-        else:
-            log_p_J, log_q_J = _log_probs(t_J, z_J, normalisers, OBJECTIVE)
-            slope_J = _slope(log_p_J, log_q_J, OBJECTIVE) - tl.exp(log_q_J) * common
-        ct_J = OBJECTIVE.logits_scale * tl.where(j == K, -label_ct, _times(kd_ct, slope_J))
+        ct_J = tl.where(j == K, label_ct, _topk_ct(t_J, z_J, w_K, j, normalisers, common, kd_ct, K, OBJECTIVE))
         column_J = tl.load(columns_C + j, mask=j <= K, other=-1)
         ct_ExJ += tl.where(column_E[:, None] == column_J[None, :], ct_J[None, :], 0.0)
     ct_E = tl.sum(ct_ExJ, axis=1)
     if OBJECTIVE.needs_log_sum:
-        dense_E = _times(topk_factor, _exp(z_E - row_max, OBJECTIVE))
-        z_label = tl.load(label_N + row)
-        label_column = tl.load(columns_C + K)
-        has_entry = tl.max(tl.where((column_E == label_column) & (e < K), 1, 0), axis=0) != 0
-        label_dense = _times(factor, _exp(z_label - centre, OBJECTIVE))
-        label_dense = tl.where(has_entry, _times(topk_factor, _exp(z_label - row_max, OBJECTIVE)), label_dense)
-        ct_E += tl.where(e == K, label_dense, dense_E)
+        has_entry = tl.max(tl.where((column_E == tl.load(columns_C + K)) & (e < K), 1, 0), axis=0) != 0
+        in_tail_E = (e == K) & (has_entry == 0)
+        z_E = tl.where(e == K, tl.load(label_N + row), z_E)
+        z_E -= tl.where(in_tail_E, centre, row_max)
+        ct_E += _times(tl.where(in_tail_E, factor, at_topk), _exp(z_E, OBJECTIVE))
     tl.store(logits_ct_V + column_E, ct_E, mask=column_E < V)
 
 
@@ -293,8 +258,64 @@ def _log_probs(t, z, normalisers, OBJECTIVE: tl.constexpr):
 
 
 @triton.jit
+def _cotangents(t_E, z_E, w_K, e, normalisers, tail, term_cts, K: tl.constexpr, OBJECTIVE: tl.constexpr):
+    """Returns `common` of `_topk_ct` and the cotangents of the label's logit, of the log-sum and of the tail's log-sum.
+
+    The last has in it what the tail's columns receive through the row's log-sum. `tail` has its maximum and log-sum.
+    """
+    kd_ct, sft_ct = term_cts
+    common = 0.0
+    label_ct = sft_ct
+    log_sum_ct = sft_ct
+    tail_ct = 0.0
+    if OBJECTIVE.label_tail or OBJECTIVE.sampled:
+        w_E, w_label = _weights(t_E, w_K, e, normalisers, K, OBJECTIVE)
+        label_ct += _times(kd_ct, w_label)
+        log_sum_ct += _times(kd_ct, tl.sum(w_E, axis=0) + w_label)
+    else:
+        log_p_E, log_q_E = _log_probs(t_E, z_E, normalisers, OBJECTIVE)
+        slope_sum = tl.sum(_slope(log_p_E, log_q_E, OBJECTIVE), axis=0)
+        if OBJECTIVE.ghost:
+            log_q_rest = OBJECTIVE.logits_scale * (tail[0] - normalisers[2]) + tail[1] - normalisers[3]
+            tail_slope = _tail_slope(log_p_E, log_q_rest, OBJECTIVE)
+            log_sum_ct -= _times(kd_ct, slope_sum + tail_slope)
+            tail_ct = _times(kd_ct, tail_slope) + _times(log_sum_ct, tl.exp(log_q_rest))
+        else:
+            common = slope_sum
+    return common, -OBJECTIVE.logits_scale * label_ct, log_sum_ct, tail_ct
+
+
+@triton.jit
+def _topk_ct(t, z, w_K, e, normalisers, common, kd_ct, K: tl.constexpr, OBJECTIVE: tl.constexpr):
+    """Returns the cotangents of the logits of entries e, apart from what they receive through log-sums."""
+    if OBJECTIVE.label_tail or OBJECTIVE.sampled:
+        w, _ = _weights(t, w_K, e, normalisers, K, OBJECTIVE)
+        slope = -w
+    else:
+        log_p, log_q = _log_probs(t, z, normalisers, OBJECTIVE)
+        slope = _slope(log_p, log_q, OBJECTIVE) - tl.exp(log_q) * common
+    return OBJECTIVE.logits_scale * _times(kd_ct, slope)
+
+
+@triton.jit
+def _kd(t_E, z_E, z_label, w_K, e, normalisers, K: tl.constexpr, OBJECTIVE: tl.constexpr):
+    """Returns the kd term of the row, for all but the ghost, whose row has not been summed up here."""
+    log_p_E, log_q_E = _log_probs(t_E, z_E, normalisers, OBJECTIVE)
+    if OBJECTIVE.label_tail:
+        w_E, w_label = _weights(t_E, w_K, e, normalisers, K, OBJECTIVE)
+        label_nll = normalisers[3] - OBJECTIVE.logits_scale * (z_label - normalisers[2])
+        kd = _times(w_label, label_nll) - tl.sum(_times(w_E, log_q_E), axis=0)
+    elif OBJECTIVE.sampled:
+        w_E, _ = _weights(t_E, w_K, e, normalisers, K, OBJECTIVE)
+        kd = tl.sum(_times(w_E, log_p_E - log_q_E), axis=0)
+    else:
+        kd = tl.sum(_share(log_p_E, log_q_E, OBJECTIVE), axis=0)
+    return kd
+
+
+@triton.jit
 def _weights(t, w_K, e, normalisers, K: tl.constexpr, OBJECTIVE: tl.constexpr):
-    """Returns the shares of the target that entries e carry and, of all entries, the share that is left to the label."""
+    """Returns the shares of the target that entries e carry and, if these are all entries, the label's share."""
     if OBJECTIVE.sampled:
         w = tl.where(t != float("-inf"), tl.load(w_K + e, mask=e < K, other=0.0).to(tl.float32), 0.0)
         w_label = 0.0

@@ -37,11 +37,11 @@ def sweep(
     exponentials = _exponentiate(objective, logits, centre)
     if store and platform() == "cpu":
         exponentials = jax.lax.optimization_barrier(exponentials)
-    log_sum = jnp.log(exponentials.sum(axis=-1))
+    log_sum_exp = jnp.log(exponentials.sum(axis=-1))
     if objective.ghost:
-        picked = picked._replace(tail_max=largest, tail_log_sum=log_sum)
+        picked = picked._replace(tail_max=largest, tail_log_sum=log_sum_exp)
     else:
-        picked = picked._replace(row_max=largest, log_sum=log_sum)
+        picked = picked._replace(row_max=largest, log_sum=log_sum_exp)
     return Swept(picked, None, Exponentials(exponentials, largest))
 
 
