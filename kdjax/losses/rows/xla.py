@@ -24,6 +24,9 @@ def sweep(
     its sums. For 1024 rows of 49152 this saves 0.11 s of 0.48 s on two cores.
     """
     taught = jnp.take_along_axis(rows.logits, rows.columns, axis=-1, mode="fill", fill_value=jnp.nan)
+    if objective.ghost:  # what is picked is read before the entries are overwritten, which then needs no copy
+        taught, logits = jax.lax.optimization_barrier((taught, rows.logits))
+        rows = rows._replace(logits=logits)
     taught = taught.astype(computation_dtype(rows.logits))
     picked = Picked(taught[..., :-1], taught[..., -1])
     if not log_sum:
