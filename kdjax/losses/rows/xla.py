@@ -24,17 +24,15 @@ def sweep(
     its sums. For 1024 rows of 49152 this saves 0.11 s of 0.48 s on two cores.
     """
     taught = jnp.take_along_axis(rows.logits, rows.columns, axis=-1, mode="fill", fill_value=jnp.nan)
-    if objective.ghost:  # what is picked is read before the entries are overwritten, which then needs no copy
-        taught, logits = jax.lax.optimization_barrier((taught, rows.logits))
-        rows = rows._replace(logits=logits)
     taught = taught.astype(computation_dtype(rows.logits))
     picked = Picked(taught[..., :-1], taught[..., -1])
     if not log_sum:
         return Swept(picked, None, None)
     logits = _without_padding(rows)
     if objective.ghost:  # the tail by itself: as the rest of a sum over all, a small one would be rounded away
-        nothing = jnp.full_like(picked.topk, -jnp.inf, logits.dtype)
-        logits = _overwrite(logits, rows.columns[..., :-1], nothing)
+        # -inf, computed from what it overwrites: XLA then reads that first and needs no copy of the logits.
+        nothing = jnp.minimum(picked.topk, -jnp.inf)
+        logits = _overwrite(logits, rows.columns[..., :-1], nothing.astype(logits.dtype))
     largest = logits.max(axis=-1).astype(taught.dtype)
     centre = jnp.where(largest == -jnp.inf, 0, largest)  # a shard's row may hold nothing but padding
     exponentials = _exponentiate(objective, logits, centre)
