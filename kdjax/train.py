@@ -184,7 +184,7 @@ class Trainer:
         patience = self.config.train.early_stop_patience
         if patience is None:
             return False
-        history = [line[self.config.checkpoint.best_metric] for line in self.log_to.lines("val")]
+        history = [metrics.as_rank(line[self.config.checkpoint.best_metric]) for line in self.log_to.lines("val")]
         has_stalled = len(history) > patience and min(history[-patience:]) >= min(history[:-patience])
         return consensus.from_process_zero(has_stalled)
 

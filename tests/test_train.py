@@ -137,6 +137,28 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole: tuple[Path, Ou
     jax.tree.map(np.testing.assert_array_equal, finished.state, expected.state)
 
 
+def test_a_step_that_was_damaged_is_saved_again(whole: tuple[Path, Outcome], tmp_path: Path, caplog) -> None:
+    """The run reaches the damaged step's number, saves it, and ends as a run that was never damaged."""
+    directory, expected = whole
+    config, workdir = toy.config(directory), tmp_path / "run"
+    run(config, workdir, StopAfter(5))  # saved at 4 and at 6
+    broken = workdir / "checkpoints" / "6"
+    for name in ("params", "opt_state"):
+        for file in (broken / name).rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"")
+    stopped = run(config, workdir, StopAfter(1))
+    assert (stopped.ended, int(stopped.state.step)) == ("interrupted", 6)
+    assert (workdir / "damaged" / "6-0" / "params").is_dir()
+    for file in (broken / "opt_state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    finished = run(config, workdir)
+    assert {path.name for path in (workdir / "damaged").iterdir()} == {"6-0", "6-1"}
+    jax.tree.map(np.testing.assert_array_equal, finished.state, expected.state)
+    assert told(workdir) == told(directory / "run")
+
+
 def test_another_device_count_and_microbatch_go_on_from_the_same_checkpoint(
     whole: tuple[Path, Outcome], tmp_path: Path
 ) -> None:

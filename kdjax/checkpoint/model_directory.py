@@ -212,7 +212,8 @@ def params_directory(path: Path | str) -> Path:
         return path / "params"
     kept = ocp.utils.checkpoint_steps(epath.Path(path / "checkpoints")) if (path / "checkpoints").exists() else []
     best_metric = from_json((path / "config.json").read_text()).checkpoint.best_metric
-    measured = {line["step"]: line[best_metric] for line in metrics.read(path, "val") if line["step"] in kept}
+    lines = (line for line in metrics.read(path, "val") if line["step"] in kept)
+    measured = {line["step"]: metrics.as_rank(line[best_metric]) for line in lines}
     step = min(measured, key=lambda step: measured[step]) if measured else max(kept, default=None)
     if step is None:
         raise UserError(f"{path / 'checkpoints'} holds no complete checkpoint yet")

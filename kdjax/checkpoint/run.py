@@ -5,7 +5,7 @@ A step holds `params`, `opt_state` and `meta` apart, so that a model can be read
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from kdjax.checkpoint.model_directory import save_in_layers
 from kdjax.config import Config
 from kdjax.distributed import consensus
+from kdjax.training.metrics import as_rank
 from kdjax.training.state import TrainState
 from kdjax.types import UserError
 
@@ -30,7 +31,7 @@ class RunCheckpoints:
         judges = config.checkpoint.keep_best > 0 and bool(config.data.val)
         if judges:
             lowest = keep.BestN(
-                get_metric_fn=lambda metrics: metrics[best],
+                get_metric_fn=lambda metrics: as_rank(metrics[best]),
                 reverse=True,
                 n=config.checkpoint.keep_best,
                 keep_checkpoints_without_metrics=False,
@@ -38,7 +39,7 @@ class RunCheckpoints:
             policies.append(lowest)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy(policies),
-            best_fn=(lambda metrics: metrics[best]) if judges else None,
+            best_fn=(lambda metrics: as_rank(metrics[best])) if judges else None,
             best_mode="min",
             cleanup_tmp_directories=True,
         )
@@ -60,11 +61,12 @@ class RunCheckpoints:
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Returns the newest readable step, in `like`'s shapes and shardings, and its meta; None if there is no step.
 
-        Warns about a step that cannot be read and tries the one before it; deletes nothing.
+        Warns about a step that cannot be read and tries the one before it. Steps that cannot be read are moved to
+        RUN/damaged, so that the run can save these steps again; nothing is deleted.
         """
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        for place, step in enumerate(steps):
             items = ocp.args.Composite(
                 params=ocp.args.StandardRestore(shapes.params),
                 opt_state=ocp.args.StandardRestore(shapes.opt_state),
@@ -78,6 +80,7 @@ class RunCheckpoints:
                     raise UserError(f"{path} cannot be read here, though other processes can: {error}") from error
                 log.warning("CHECKPOINT %s CANNOT BE READ; trying the one before it: %s", path, error)
                 continue
+            self._set_aside(steps[:place])
             number = jax.device_put(like.step * 0 + step, like.step.sharding)
             return dataclasses.replace(like, step=number, params=found.params, opt_state=found.opt_state), found.meta
         if steps:
@@ -85,6 +88,20 @@ class RunCheckpoints:
                 f"none of the checkpoints {steps} in {self._directory} can be read; move it away to start over"
             )
         return None
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Moves damaged steps out of the way; every process must call this."""
+        if not steps:
+            return
+        if consensus.is_process_zero():
+            aside = self._directory.parent / "damaged"
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                times = sum(1 for _ in aside.glob(f"{step}-*"))
+                (self._directory / str(step)).rename(aside / f"{step}-{times}")
+                log.warning("the damaged checkpoint of step %d is now in %s", step, aside / f"{step}-{times}")
+        consensus.wait_for_all(f"damaged steps {steps} are set aside")
+        self._manager.reload()
 
     def wait(self) -> None:
         """Blocks until the last save finishes; re-raises its error."""

@@ -65,7 +65,7 @@ def _help(dotted: str) -> str:
     knob, default = KNOBS[dotted], Config()[dotted]
     bounds = [
         f"{sign} {bound:g}"
-        for sign, bound in ((">", knob.above), (">=", knob.low), ("<=", knob.high))
+        for sign, bound in ((">", knob.above), (">=", knob.low), ("<=", knob.high), ("<", knob.below))
         if bound is not None
     ]
     allowed = f"; one of {', '.join(knob.choices)}" if knob.choices else f"; {' and '.join(bounds)}" if bounds else ""

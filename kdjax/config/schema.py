@@ -25,6 +25,7 @@ class Knob:
     above: float | None = None  # exclusive lower bound
     low: float | None = None  # inclusive lower bound
     high: float | None = None  # inclusive upper bound
+    below: float | None = None  # exclusive upper bound
     why: str | None = None  # said instead of the bound when a value is out of range
     resumable: bool = False  # whether a run directory may be resumed with another value
 
@@ -195,8 +196,8 @@ class OptimConfig:
     constant_steps: int = knob(
         0, "cosine: steps held at min_lr at the end; wsd: steps held at lr before the decay", low=0
     )
-    b1: float = knob(0.9, "decay of the first moment (momentum for sgd)", low=0, high=1)
-    b2: float = knob(0.98, "decay of the second moment", low=0, high=1)
+    b1: float = knob(0.9, "decay of the first moment (momentum for sgd)", low=0, below=1)
+    b2: float = knob(0.98, "decay of the second moment", low=0, below=1)
     eps: float = knob(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = knob(0.01, "decoupled weight decay", low=0)
     decay_rule: str = knob(

@@ -70,6 +70,8 @@ def _check_knob(config: Config, key: str) -> None:
         _fail(config, key, f"it must be at least {knob.low:g}")
     if knob.high is not None and not value <= knob.high:
         _fail(config, key, f"it must be at most {knob.high:g}")
+    if knob.below is not None and not value < knob.below:
+        _fail(config, key, f"it must be below {knob.below:g}")
 
 
 def _check_model(config: Config) -> None:

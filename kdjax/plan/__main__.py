@@ -12,10 +12,13 @@ cuDNN's attention cannot be compiled without a GPU. XLA's attention is compiled 
 --search considers every mesh (pipe x data x fsdp x tensor), microbatches of 1, 2 and 4 rows, every model.remat, and
 mesh.interleave of 1 and 2. It drops what cannot fit, compiles the most promising candidates, and ranks them.
 
+kdjax plan build plans the building of a cache: whether a teacher fits, and how long a number of tokens takes.
+
 The exit code is 0 if the run fits, 1 if it does not, and 2 for a mistake in the arguments.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from kdjax.checkpoint import adopt_architecture
 from kdjax.config import Config, command_line
 from kdjax.config.validate import resolve, validate
 from kdjax.distributed import xla_flags
-from kdjax.plan import plot, roofline, search
+from kdjax.plan import build, plot, roofline, search
 from kdjax.plan.compile import compile_only, make_plan
 from kdjax.plan.gpus import TARGETS, topology
 from kdjax.plan.roofline import Plan
@@ -35,10 +38,13 @@ from kdjax.types import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns 0 if the run fits, else 1."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["build"]:
+        return build.main(words[1:])
     arguments, configuration = command_line.parse(_parser(), argv)
     compile_only()
     if arguments.picture is not None:
-        plot.check_path(arguments.picture)
+        cli.check_picture_path(arguments.picture)
     config = configuration()
     attention = config.model.attention or "xla"
     if attention != "xla":

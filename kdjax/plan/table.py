@@ -1,5 +1,6 @@
 """A plan as text: memory, collectives, times."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from kdjax.plan.gpus import DEVICES_PER_HOST
@@ -19,10 +20,7 @@ def render(plan: Plan) -> str:
         "",
         "memory per device",
     ]
-    for name, size in [*plan.memory.items(), ("total", plan.total_bytes)]:
-        lines.append(f"  {name:34}{size / GIB:8.2f} GiB{size / capacity:7.0%}")
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
-    lines += [f"  {verdict}; limit: {USABLE_MEMORY:.0%} of {capacity / GIB:.1f} GiB", ""]
+    lines += [*memory_lines(plan.memory, capacity), ""]
     lines += ["collectives per step and device", *(_collective_lines(plan) or ["  none"])]
     redone = "recomputation and bubble" if schedule.stages > 1 else "recomputation"
     bound_s = plan.lower_bound_s
@@ -43,6 +41,15 @@ def render(plan: Plan) -> str:
             f"{schedule.chunks} chunks, {schedule.microbatches} microbatches"
         )
     return "\n".join(lines)
+
+
+def memory_lines(memory: Mapping[str, int], capacity: int) -> list[str]:
+    """Returns what a device holds, and whether that fits into `capacity` bytes."""
+    total = sum(memory.values())
+    lines = [f"  {name:34}{size / GIB:8.2f} GiB{size / capacity:7.0%}" for name, size in memory.items()]
+    verdict = "fits" if total <= USABLE_MEMORY * capacity else "DOES NOT FIT"
+    lines.append(f"  {'total':34}{total / GIB:8.2f} GiB{total / capacity:7.0%}")
+    return [*lines, f"  {verdict}; limit: {USABLE_MEMORY:.0%} of {capacity / GIB:.1f} GiB"]
 
 
 def _collective_lines(plan: Plan) -> list[str]:

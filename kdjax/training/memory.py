@@ -28,13 +28,13 @@ def held_bytes(layout: Layout) -> dict[str, int]:
     sizes = jax.tree.map(gradient_and_copy, shapes, rounded, layout.gathered_specs)
     pairs = jax.tree.leaves(sizes, is_leaf=lambda x: isinstance(x, tuple))
     return {
-        "parameters": _shard_bytes(state.params),
-        "optimiser": _shard_bytes(state.opt_state),
+        "parameters": device_bytes(state.params),
+        "optimiser": device_bytes(state.opt_state),
         "gradients": sum(gradient for gradient, _ in pairs),
         "parameters, gathered and rounded": sum(copy for _, copy in pairs),
     }
 
 
-def _shard_bytes(tree: Any) -> int:
-    """Returns the bytes of one device's shards."""
+def device_bytes(tree: Any) -> int:
+    """Returns the bytes that one device holds of a tree of shapes with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

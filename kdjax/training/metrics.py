@@ -141,6 +141,11 @@ class Recorder:
                 )
 
 
+def as_rank(value: float | None) -> float:
+    """Returns a validation metric to compare by: one that is not finite, null in metrics.jsonl, is worse than any."""
+    return value if value is not None and math.isfinite(value) else math.inf
+
+
 def glance(values: Mapping[str, float]) -> str:
     """Formats the few metrics that are shown on the terminal."""
     names = ("loss", "kd_loss", "sft_loss", "top1_agreement", "lr", "tokens_per_s")

@@ -141,6 +141,25 @@ def test_keeps_the_newest_and_the_best_by_the_chosen_metric(tmp_path: Path) -> N
         assert params_directory(workdir / "checkpoints" / "5") == workdir / "checkpoints" / "5" / "params"
 
 
+def test_a_validation_that_is_not_finite_is_the_worst(tmp_path: Path) -> None:
+    """It deletes no better step, and the step before it remains the model of the run."""
+    config = configs.replace(
+        configs.Config(), data__val=("v",), checkpoint__best_metric="loss", checkpoint__keep_last=1
+    )
+    checkpoints = RunCheckpoints(tmp_path, config)
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step, loss in enumerate((float("nan"), 2.0, float("nan"), float("inf")), 1):
+            state = TrainState(jnp.int32(step), {"w": jnp.ones(2)}, {"m": jnp.ones(2)})
+            checkpoints.save(state, {"data": ""}, {"loss": loss})
+            stored = loss if np.isfinite(loss) else None
+            file.write(json.dumps({"step": step, "split": "val", "loss": stored}) + "\n")
+    checkpoints.wait()
+    checkpoints.close()
+    assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {2, 4}
+    assert params_directory(tmp_path) == tmp_path / "checkpoints" / "2" / "params"
+
+
 def test_a_directory_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds neither model_config.json nor a run's config.json"):
         read_model_config(tmp_path)

@@ -114,7 +114,7 @@ def test_help_groups_knobs_with_type_choices_range_and_default(capsys: pytest.Ca
     told = " ".join(capsys.readouterr().out.split())
     assert "knobs of optim: Optimiser and learning rate." in told
     assert "--config.optim.name NAME optimiser; one of adamw, lion, sgd (default: adamw)" in told
-    assert "--config.optim.b1 FLOAT decay of the first moment (momentum for sgd); >= 0 and <= 1 (default: 0.9)" in told
+    assert "--config.optim.b1 FLOAT decay of the first moment (momentum for sgd); >= 0 and < 1 (default: 0.9)" in told
     assert "--config.model.keep_layers INTS" in told
     for dotted in configs.KNOBS:
         assert f"--config.{dotted} " in told
