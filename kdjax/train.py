@@ -26,6 +26,7 @@ from kdjax.config.validate import resolve, validate
 from kdjax.data.dataset import Dataset, open_dataset
 from kdjax.data.loader import eval_batches, train_batches
 from kdjax.distributed import cluster, consensus, processes, watchdog, xla_flags
+from kdjax.losses import Objective
 from kdjax.model import Params
 from kdjax.parallel import mesh as meshes
 from kdjax.training import metrics, run_directory, summary
@@ -200,7 +201,7 @@ def _open(config: Config, data: DataConfig, paths: tuple[str, ...]) -> Dataset:
         vocab_size=model.vocab_rows if config.loss.include_vocab_padding else model.vocab_size,
         tokenizer_sha256=model.tokenizer_sha256,
         target_logits_scale=config.loss.target_logits_scale,
-        need_log_sum_exp=config.loss.tail == "ghost",
+        need_log_sum_exp=Objective.from_settings(config.loss).needs_teacher_log_sum,
         ignore_teacher_ids=config.loss.cross_tokenizer is not None,
     )
 

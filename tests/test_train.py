@@ -362,8 +362,9 @@ def test_weights_and_biases(wandb: ModuleType, tmp_path: Path) -> None:
     assert wandb.logged[-1] == "finished"
 
 
-def test_ghost_without_logsumexp_is_refused(tmp_path: Path) -> None:
-    config = configs.replace(toy.config(tmp_path), loss__tail="ghost")
+@pytest.mark.parametrize("choice", [{"loss__tail": "ghost"}, {"loss__tail": "label"}, {"loss__targets": "sampled"}])
+def test_records_without_a_logsumexp_that_the_loss_needs(tmp_path: Path, choice: dict[str, str]) -> None:
+    config = configs.replace(toy.config(tmp_path), **choice)
     lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     for line in lines:
         del line["log_sum_exp_logits"]

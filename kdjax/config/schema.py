@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import Any
 
 from kdjax.losses.dispatch import IMPLEMENTATIONS
-from kdjax.losses.objective import KD_LOSSES, TAILS
+from kdjax.losses.objective import KD_LOSSES, TAILS, TARGETS
 from kdjax.parallel.axes import AXES
 
 
@@ -159,7 +159,14 @@ class LossConfig:
         None, "rank_match: compare sorted top-k values and ignore the teacher's ids", choices=("rank_match",)
     )
     tail: str = knob(
-        "renormalize", "mass outside the top-k; renormalize: dropped, ghost: one more bucket", choices=TAILS
+        "renormalize",
+        "mass outside the top-k; renormalize: dropped, ghost: one more bucket, label: given to the label",
+        choices=TAILS,
+    )
+    targets: str = knob(
+        "topk",
+        "what the entries are; topk: the teacher's largest, sampled: draws with weights, for the whole vocabulary's KL",
+        choices=TARGETS,
     )
     jsd_beta: float = knob(0.5, "weight of the teacher in jsd's mixture, strictly between 0 and 1")
     reduction: str = knob(

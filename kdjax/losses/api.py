@@ -10,14 +10,30 @@ once; an explicit choice is never replaced by another.
   `jit` XLA would gather sharded logits.
 - "triton": the same kernels through jax-triton (`rows/triton.py`, extra "triton"). Never chosen: Pallas needs no extra.
 - "gathered": K rows of the unembedding instead of V (`fused/gathered.py`), `linear_topk_kd_loss` only. Chosen where the
-  loss depends on the K taught logits alone (sft_loss_weight = 0, tail = "renormalize", matching by id) and K / V is
-  small enough (`dispatch.GATHER_BELOW`).
+  loss depends on the K taught logits alone (sft_loss_weight = 0, tail = "renormalize", targets = "topk", matching by
+  id) and K / V is small enough (`dispatch.GATHER_BELOW`).
 - "pallas_interpret": the arithmetic of the Pallas kernels on any platform, slowly. Never chosen: it is for tests.
+
+`tail` says what becomes of the probability outside the top-k:
+
+- "renormalize": it is dropped, and both distributions sum to 1 over the K entries, as in NeMo-Aligner.
+- "ghost": it is one more bucket in both. The teacher's has what `log_sum_exp_logits` leaves to it, at least 2^-23
+  (`reference.MAX_LOG_MASS`), the student's that of all ids that are not taught, summed exactly however small it is.
+  Where every id is taught there is no such bucket.
+- "label": what the teacher's probabilities of the K ids leave over goes to the label, and kd is the student's
+  cross-entropy with all of these. A position without any entry learns its label. For kd_loss = "fwd_kl" only.
+
+`targets` = "sampled" says that the entries were drawn at random and carry `topk_weights`, 0 where an entry is absent.
+For N draws from the teacher these are n / N at an id that was drawn n times; for exact top entries beside draws from
+the rest, their probabilities, and (1 - the sum of these) n / N at the draws. Then kd is the sum of weight * (log of the
+teacher's probability - log of the student's): an unbiased estimate, in value and gradient, of the forward KL over the
+whole vocabulary, which may be negative at a position. For kd_loss = "fwd_kl" only; tail stays "renormalize" and is not
+read.
 
 `axis_name` names the mesh axes, major to minor, over which the vocabulary (the columns of the logits, the rows of the
 unembedding) is sharded, inside `jax.shard_map`. All other arguments are the same on all shards, and so are the results.
-One all-reduce of K + 1 + 2 shards numbers per position joins the shards (under rank matching, of K per shard); a second
-one in the backward pass of `linear_topk_kd_loss` sums the gradient of the hidden states. Under
+One all-reduce of K + 1 + 2 shards numbers per position joins the shards (under rank matching after one of K per
+shard); another one in the backward pass of `linear_topk_kd_loss` sums the gradient of the hidden states. Under
 `shard_map(..., check_vma=False)` differentiate inside of it.
 
 `vocab_size` is the true V, over all shards together, if the vocabulary is padded: columns from V on stay out of the
@@ -63,6 +79,8 @@ def topk_kd_loss(
     tail: str = "renormalize",
     log_sum_exp_logits: Float[Array, "B T"] | None = None,
     jsd_beta: float = 0.5,
+    targets: str = "topk",
+    topk_weights: Float[Array, "B T K"] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     vocab_size: int | None = None,
     implementation: str | None = None,
@@ -80,8 +98,8 @@ def topk_kd_loss(
       topk_token_ids: the ids of `topk_logits`. An id outside [0, V), which includes negative ids, makes the position's
         kd NaN, and raises an error that names it under `jax.experimental.checkify` (errors=user_checks). An id that
         occurs twice at a position counts twice.
-      labels: the ids of the next tokens; one outside [0, V) makes the position's sft NaN. Not read if `sft_loss_weight`
-        is 0.
+      labels: the ids of the next tokens; one outside [0, V) makes the position's sft NaN. Read if `sft_loss_weight` is
+        not 0 or if tail="label", where it makes the kd NaN too.
       kd_loss: "fwd_kl" KL(teacher | student), "bwd_kl" KL(student | teacher), or "jsd", the Jensen-Shannon
         divergence generalised by `jsd_beta`.
       kd_loss_weight, sft_loss_weight: static numbers, 0 or more. A term of weight 0 stays out of the loss; if
@@ -90,12 +108,12 @@ def topk_kd_loss(
       target_logits_scale: multiplies the teacher's.
       cross_tokenizer: "rank_match" (or True) compares the student's own K largest logits, sorted, with the teacher's
         values, sorted, and ignores the teacher's ids. None (or False) compares by id.
-      tail: what becomes of the mass outside the top-k. "renormalize" drops it: both distributions sum to 1 over the K
-        entries. "ghost" makes it one more bucket in both, with the mass that `log_sum_exp_logits` and the student's own
-        logsumexp leave to it; if K = V that is almost nothing (`reference.MAX_LOG_MASS`).
+      tail: "renormalize", "ghost" or "label": what becomes of the mass outside the top-k; see `kdjax.losses.api`.
       log_sum_exp_logits: [B, T], the teacher's logsumexp over its whole vocabulary, with the same shift as
-        `topk_logits`. Read by tail="ghost" only.
+        `topk_logits`. Read by tail="ghost", tail="label" and targets="sampled".
       jsd_beta: the weight of the teacher in jsd's mixture, between 0 and 1, both excluded.
+      targets: "topk", or "sampled" if the entries were drawn at random; see `kdjax.losses.api`.
+      topk_weights: [B, T, K], the share of the target that each entry carries; for targets="sampled" only.
       axis_name, vocab_size, implementation: see `kdjax.losses.api`.
 
     Returns:
@@ -104,13 +122,13 @@ def topk_kd_loss(
     Raises:
       UserError: a setting or an array cannot work; the message says why and what would.
     """
-    objective = Objective(
-        kd_loss, kd_loss_weight, sft_loss_weight, logits_scale, target_logits_scale, cross_tokenizer, tail, jsd_beta
-    )
+    weights, scales = (kd_loss_weight, sft_loss_weight), (logits_scale, target_logits_scale)
+    objective = Objective(kd_loss, *weights, *scales, cross_tokenizer, tail, jsd_beta, targets)
     objective.check()
     student_logits = jnp.asarray(student_logits)
     check_logits(student_logits)
-    supervision = supervise(objective, Supervision(topk_logits, topk_token_ids, labels, log_sum_exp_logits))
+    supervision = Supervision(topk_logits, topk_token_ids, labels, log_sum_exp_logits, topk_weights)
+    supervision = supervise(objective, supervision)
     vocabulary = _vocabulary(axis_name, vocab_size, student_logits.shape[2])
     check_supervision(objective, supervision, student_logits.shape[:2], vocabulary.size)
     check_ids(objective, supervision, vocabulary.size)
@@ -138,6 +156,8 @@ def linear_topk_kd_loss(
     tail: str = "renormalize",
     log_sum_exp_logits: Float[Array, "B T"] | None = None,
     jsd_beta: float = 0.5,
+    targets: str = "topk",
+    topk_weights: Float[Array, "B T K"] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
@@ -162,14 +182,13 @@ def linear_topk_kd_loss(
     Raises:
       UserError: a setting or an array cannot work; the message says why and what would.
     """
-    objective = Objective(
-        kd_loss, kd_loss_weight, sft_loss_weight, logits_scale, target_logits_scale, cross_tokenizer, tail, jsd_beta
-    )
+    weights, scales = (kd_loss_weight, sft_loss_weight), (logits_scale, target_logits_scale)
+    objective = Objective(kd_loss, *weights, *scales, cross_tokenizer, tail, jsd_beta, targets)
     return linear_losses(
         objective,
         hidden,
         unembed,
-        Supervision(topk_logits, topk_token_ids, labels, log_sum_exp_logits),
+        Supervision(topk_logits, topk_token_ids, labels, log_sum_exp_logits, topk_weights),
         loss_mask,
         axis_name=axis_name,
         vocab_size=vocab_size,

@@ -37,6 +37,14 @@ class LossCall:
     implementation: str
 
     @property
+    def kd_in_sweep(self) -> bool:
+        """Whether a row of logits holds all that its kd depends on.
+
+        It does not on a shard of the vocabulary, nor for a ghost tail, which sums over a row what `join` adds up.
+        """
+        return not self.vocabulary.axis_names and not self.objective.ghost
+
+    @property
     def kernels(self) -> RowKernels:
         """The passes over rows of logits; the GPU kernels are imported when first asked for."""
         if self.implementation == "xla":
@@ -100,8 +108,10 @@ def _why_not_gathered(objective: Objective, prefix: str = "") -> str | None:
     """Returns the setting that makes the loss depend on more than the K taught logits, or None if none does."""
     if objective.sft_loss_weight != 0:
         return f"{prefix}sft_loss_weight = {objective.sft_loss_weight!r}"
-    if objective.ghost:
-        return f"{prefix}tail = 'ghost'"
+    if objective.ghost or objective.label_tail:
+        return f"{prefix}tail = {objective.tail!r}"
+    if objective.sampled:
+        return f"{prefix}targets = 'sampled'"
     if objective.rank_match:
         return f"{prefix}cross_tokenizer = 'rank_match'"
     return None

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import numbers
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from kdjax.types import UserError
 
 # The choices of the settings that have names.
 KD_LOSSES = ("fwd_kl", "bwd_kl", "jsd")
-TAILS = ("renormalize", "ghost")
+TAILS = ("renormalize", "ghost", "label")
+TARGETS = ("topk", "sampled")
 CROSS_TOKENIZERS = (None, "rank_match")
 
 
@@ -33,6 +35,7 @@ class Objective:
     cross_tokenizer: str | bool | None = None
     tail: str = "renormalize"
     jsd_beta: float = 0.5
+    targets: str = "topk"
 
     def __post_init__(self) -> None:
         if isinstance(self.cross_tokenizer, bool):
@@ -54,9 +57,29 @@ class Objective:
         return self.tail == "ghost"
 
     @property
+    def label_tail(self) -> bool:
+        """Whether the teacher's mass outside the top-k goes to the label."""
+        return self.tail == "label"
+
+    @property
+    def sampled(self) -> bool:
+        """Whether entries carry weights of their own, with which they stand for the teacher's whole vocabulary."""
+        return self.targets == "sampled"
+
+    @property
+    def needs_teacher_log_sum(self) -> bool:
+        """Whether the loss reads the teacher's probabilities over its whole vocabulary."""
+        return self.ghost or self.label_tail or self.sampled
+
+    @property
     def needs_log_sum(self) -> bool:
         """Whether the loss depends on the student's whole vocabulary and not on the picked logits alone."""
-        return self.sft_loss_weight != 0 or self.ghost
+        return self.sft_loss_weight != 0 or self.needs_teacher_log_sum
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether a term depends on the labels."""
+        return self.sft_loss_weight != 0 or self.label_tail
 
     def check(self, prefix: str = "") -> None:
         """Raises UserError for the first setting that cannot work, with its value, the reason and the remedy.
@@ -64,10 +87,11 @@ class Objective:
         `prefix` is put before the names in the message: "loss." for the keys of a configuration.
         """
 
-        def fail(name: str, reason: str) -> None:
+        def fail(name: str, reason: str) -> NoReturn:
             raise UserError(f"{prefix}{name} = {getattr(self, name)!r} {reason}")
 
-        for name, choices in (("kd_loss", KD_LOSSES), ("tail", TAILS), ("cross_tokenizer", CROSS_TOKENIZERS)):
+        named = {"kd_loss": KD_LOSSES, "tail": TAILS, "cross_tokenizer": CROSS_TOKENIZERS, "targets": TARGETS}
+        for name, choices in named.items():
             if not isinstance(getattr(self, name), str | None) or getattr(self, name) not in choices:
                 fail(name, f"is unknown; choose one of {', '.join(map(repr, choices))}")
         for name in ("kd_loss_weight", "sft_loss_weight", "logits_scale", "target_logits_scale", "jsd_beta"):
@@ -85,11 +109,36 @@ class Objective:
                 fail(name, "would flatten or invert the logits; give a value above 0 (1 / temperature)")
         if not 0 < self.jsd_beta < 1:
             fail("jsd_beta", "does not mix teacher and student; give a value strictly between 0 and 1")
-        if self.ghost and self.target_logits_scale != 1:
+        if self.needs_teacher_log_sum:
+            self._check_whole_vocabulary(prefix, fail)
+
+    def _check_whole_vocabulary(self, prefix: str, fail: Callable[[str, str], NoReturn]) -> None:
+        """Checks what goes with a loss that reads the teacher's probabilities over its whole vocabulary."""
+        if self.sampled and self.tail != "renormalize":
+            fail(
+                "tail",
+                f"does not work with {prefix}targets = 'sampled', whose weights stand for the tail too; leave"
+                f" {prefix}tail = 'renormalize', which is then not read, or set {prefix}targets = 'topk'",
+            )
+        chosen, way_out = (f"{prefix}tail = {self.tail!r}", f"{prefix}tail = 'renormalize'")
+        if self.sampled:
+            chosen, way_out = f"{prefix}targets = 'sampled'", f"{prefix}targets = 'topk'"
+        if self.target_logits_scale != 1:
+            why = "the ids were drawn from" if self.sampled else "the stored logsumexp belongs to"
             fail(
                 "target_logits_scale",
-                f"does not work with {prefix}tail = 'ghost': the stored logsumexp belongs to the unscaled logits; set"
-                f" {prefix}target_logits_scale = 1 or {prefix}tail = 'renormalize'",
+                f"does not work with {chosen}: {why} the unscaled logits; set {prefix}target_logits_scale = 1 or"
+                f" {way_out}",
+            )
+        if not self.ghost and self.kd_loss != "fwd_kl":
+            fail(
+                "kd_loss",
+                f"does not work with {chosen}, which is a forward KL; set {prefix}kd_loss = 'fwd_kl' or {way_out}",
+            )
+        if not self.ghost and self.rank_match:
+            fail(
+                "cross_tokenizer",
+                f"does not work with {chosen}, which compares by id; set {prefix}cross_tokenizer = None or {way_out}",
             )
 
 
@@ -100,6 +149,7 @@ class Supervision(NamedTuple):
     topk_token_ids: Int[Array, "*P K"]
     labels: Int[Array, "*P"]
     log_sum_exp_logits: Float[Array, "*P"] | None = None  # of the teacher, over its whole vocabulary
+    topk_weights: Float[Array, "*P K"] | None = None  # the share of the target that each entry carries, if sampled
 
 
 class LossSums(NamedTuple):
@@ -128,8 +178,8 @@ def supervise(objective: Objective, supervision: Supervision) -> Supervision:
         x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize < 4 else x
         for x in (ids, labels)
     )
-    lse = supervision.log_sum_exp_logits
-    return Supervision(topk_logits, ids, labels, None if lse is None else jnp.asarray(lse))
+    lse, weights = (None if x is None else jnp.asarray(x) for x in supervision[3:])
+    return Supervision(topk_logits, ids, labels, lse, weights)
 
 
 def computation_dtype(*arrays: jax.Array) -> jnp.dtype:
@@ -156,7 +206,7 @@ def check_linear(hidden: jax.Array, unembed: jax.Array, loss_mask: jax.Array) ->
 
 def check_supervision(objective: Objective, supervision: Supervision, positions: tuple[int, ...], v: int) -> None:
     """Raises UserError unless the teacher's arrays and the labels fit `positions` (B, T) and v token ids."""
-    topk_logits, ids, labels, log_sum_exp_logits = supervision
+    topk_logits, ids, labels, log_sum_exp_logits, topk_weights = supervision
     _check_array("topk_logits", topk_logits, 3, jnp.floating)
     _check_array("topk_token_ids", ids, 3, jnp.integer)
     _check_array("labels", labels, 2, jnp.integer)
@@ -172,10 +222,25 @@ def check_supervision(objective: Objective, supervision: Supervision, positions:
     if log_sum_exp_logits is not None:
         _check_array("log_sum_exp_logits", log_sum_exp_logits, 2, jnp.floating)
         _check_shape("log_sum_exp_logits", log_sum_exp_logits, positions)
-    elif objective.ghost:
+    elif objective.needs_teacher_log_sum:
+        chosen, other = f"tail = {objective.tail!r}", "tail = 'renormalize'"
+        if objective.sampled:
+            chosen, other = "targets = 'sampled'", "targets = 'topk'"
         raise UserError(
-            "tail = 'ghost' needs log_sum_exp_logits [B, T], the teacher's logsumexp over its whole"
-            " vocabulary, which is None; give it or choose tail = 'renormalize'"
+            f"{chosen} needs log_sum_exp_logits [B, T], the teacher's logsumexp over its whole vocabulary, which is"
+            f" None; give it or choose {other}"
+        )
+    if topk_weights is not None and not objective.sampled:
+        raise UserError(
+            "topk_weights are given, which targets = 'topk' does not read; choose targets = 'sampled' or leave them out"
+        )
+    if topk_weights is not None:
+        _check_array("topk_weights", topk_weights, 3, jnp.floating)
+        _check_shape("topk_weights", topk_weights, (*positions, k))
+    elif objective.sampled:
+        raise UserError(
+            "targets = 'sampled' needs topk_weights [B, T, K], the share of the target that each entry carries, which"
+            " is None; give them or choose targets = 'topk'"
         )
 
 
@@ -192,7 +257,7 @@ def check_ids(
     if not objective.rank_match:
         present_BxTxK = (supervision.topk_logits != -jnp.inf) & read_BxT[..., None]
         _check_ids("topk_token_ids", supervision.topk_token_ids, present_BxTxK, v)
-    if objective.sft_loss_weight != 0:
+    if objective.reads_labels:
         _check_ids("labels", supervision.labels, read_BxT, v)
 
 

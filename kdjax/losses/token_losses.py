@@ -37,15 +37,16 @@ Residuals = tuple[Float[Array, "*P W"], Supervision, Int[Array, "*P K+1"], Picke
 def _forward(call: LossCall, logits: Float[Array, "*P W"], supervision: Supervision) -> tuple[Losses, Residuals]:
     objective, vocabulary = call.objective, call.vocabulary
 
-    def sweep(logits: Array, supervision: Supervision) -> tuple[Picked, Array | None, Array]:
+    def sweep(logits: Array, supervision: Supervision) -> tuple[Picked, Array | None, Array, Array | None]:
         rows = taught_rows(objective, vocabulary, logits, supervision)
-        for_kd = None if vocabulary.axis_names else supervision  # kd has to wait until shards are joined
-        picked, kd, _ = call.kernels.sweep(objective, rows, log_sum=objective.needs_log_sum, supervision=for_kd)
-        return picked, kd, rows.columns
+        for_kd = supervision if call.kd_in_sweep else None
+        swept = call.kernels.sweep(objective, rows, log_sum=objective.needs_log_sum, supervision=for_kd)
+        return swept.picked, swept.kd, rows.columns, swept.without_entries
 
-    picked, kd, columns = _by_blocks(call, sweep, logits, supervision)
-    picked, rows = join(objective, vocabulary, picked, Rows(logits, columns), supervision)
-    return evaluate(objective, picked, supervision, kd), (logits, supervision, rows.columns, picked)
+    picked, kd, columns, without_entries = _by_blocks(call, sweep, logits, supervision)
+    picked = join(objective, vocabulary, picked, Rows(logits, columns), supervision)
+    logits = logits if without_entries is None else without_entries
+    return evaluate(objective, picked, supervision, kd), (logits, supervision, columns, picked)
 
 
 def _backward(call: LossCall, residuals: Residuals, cotangents: Losses) -> tuple[Float[Array, "*P W"], None]:

@@ -56,7 +56,9 @@ class Head:
             objective,
             hidden_BxTxD,
             model.unembedding().astype(hidden_BxTxD.dtype),
-            Supervision(batch.topk_logits, batch.topk_token_ids, batch.labels, batch.log_sum_exp_logits),
+            Supervision(
+                batch.topk_logits, batch.topk_token_ids, batch.labels, batch.log_sum_exp_logits, batch.topk_weights
+            ),
             batch.loss_mask,
             axis_name=VOCABULARY_AXES if shards.vocabulary > 1 else None,
             vocab_size=None if config.loss.include_vocab_padding else config.model.vocab_size,
@@ -65,20 +67,25 @@ class Head:
 
     def _by_token(self, sums: LossSums, batch: Batch) -> Sums:
         """Returns the loss sums and the teacher's statistics, each with the microbatch's tokens as its count."""
-        scale = self.layout.config.loss.target_logits_scale
-        log_p_BxTxK = jax.nn.log_softmax(scale * batch.topk_logits.astype(jnp.float32))
         totals = {name: total for name, total in sums._asdict().items() if total is not None}
         tokens = totals.pop("tokens")
-        totals["teacher_entropy"] = _masked_sum(batch, -jnp.sum(_xlogx(log_p_BxTxK), axis=-1))
-        if batch.log_sum_exp_logits is not None:
+        totals["teacher_entropy"] = _masked_sum(batch, self._teacher_entropy(batch))
+        if batch.log_sum_exp_logits is not None and not self.objective.sampled:
             log_mass_BxT = jax.nn.logsumexp(batch.topk_logits, axis=-1) - batch.log_sum_exp_logits
             totals["teacher_topk_mass"] = _masked_sum(batch, jnp.exp(log_mass_BxT))
         return {name: SumCount(total, tokens) for name, total in totals.items()}
 
-
-def _xlogx(log_x: jax.Array) -> jax.Array:
-    """Returns x log x from log x; 0 where x is 0."""
-    return jnp.where(jnp.isneginf(log_x), 0, jnp.exp(log_x) * log_x)
+    def _teacher_entropy(self, batch: Batch) -> jax.Array:
+        """Returns the entropy of the teacher over its entries, or, if these are draws, an estimate of all of it."""
+        if self.objective.sampled:
+            assert batch.log_sum_exp_logits is not None
+            assert batch.topk_weights is not None
+            log_p_BxTxK, p_BxTxK = batch.topk_logits - batch.log_sum_exp_logits[..., None], batch.topk_weights
+        else:
+            scale = self.layout.config.loss.target_logits_scale
+            log_p_BxTxK = jax.nn.log_softmax(scale * batch.topk_logits.astype(jnp.float32))
+            p_BxTxK = jnp.exp(log_p_BxTxK)
+        return -jnp.sum(jnp.where(jnp.isneginf(log_p_BxTxK), 0, p_BxTxK * log_p_BxTxK), axis=-1)
 
 
 def _masked_sum(batch: Batch, values_BxT: jax.Array) -> jax.Array:

@@ -128,6 +128,7 @@ class Layout:
             log_sum_exp_logits=shape(jnp.float32),
             positions=shape(jnp.int32) if data.pack else None,
             segment_ids=shape(jnp.int32) if data.pack else None,
+            topk_weights=shape(jnp.float32, top_k) if self.config.loss.targets == "sampled" else None,
         )
 
     def by_stage(self, params: Params) -> Params:

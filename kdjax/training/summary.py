@@ -9,6 +9,7 @@ from kdjax import config as configs
 from kdjax.config import Config
 from kdjax.config.validate import validate_split
 from kdjax.data.dataset import Dataset
+from kdjax.losses import Objective
 from kdjax.model import param_shapes
 from kdjax.parallel import mesh as meshes
 from kdjax.parallel.axes import TENSOR
@@ -42,7 +43,8 @@ def print_summary(layout: Layout, train_set: Dataset, val_set: Dataset | None) -
     for name, data in (("train", train_set), ("val", val_set)):
         if data is not None:
             print("\n".join(f"{name}: {line}" for line in data.summary()))
-    if train_set.top_k == 1 and config.loss.tail == "renormalize" and config.loss.kd_loss_weight > 0:
+    objective = Objective.from_settings(config.loss)
+    if train_set.top_k == 1 and not objective.needs_teacher_log_sum and objective.kd_loss_weight > 0:
         log.warning(
             "with one teacher entry per position, renormalised, the KD loss is always 0; use loss.tail = 'ghost'"
         )
@@ -56,7 +58,8 @@ def _sizes(layout: Layout, top_k: int) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config.model)))
     state = sum(held_bytes(layout).values())
     T = config.data.sequence_length
-    batch = config.batch.global_size * T * (8 * top_k + 16)
+    entry = 12 if config.loss.targets == "sampled" else 8  # bytes
+    batch = config.batch.global_size * T * (entry * top_k + 16)
     device = mesh.local_devices[0]
     stats = device.memory_stats() or {}
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -155,6 +155,15 @@ def test_shares() -> None:
             {"loss__tail": "ghost", "loss__target_logits_scale": 0.5},
             r"loss.target_logits_scale = 0.5 .*loss.tail = 'ghost'.*logsumexp.*set loss.target_logits_scale = 1",
         ),
+        ({"loss__tail": "label", "loss__kd_loss": "jsd"}, r"loss.kd_loss = 'jsd' .*loss.tail = 'label'.*'fwd_kl'"),
+        (
+            {"loss__targets": "sampled", "loss__tail": "ghost"},
+            r"loss.tail = 'ghost' .*loss.targets = 'sampled'.*loss.tail = 'renormalize'",
+        ),
+        (
+            {"loss__targets": "sampled", "loss__implementation": "gathered", "loss__sft_loss_weight": 0.0},
+            r"'gathered' computes the K taught logits only, but loss.targets = 'sampled' needs all",
+        ),
         (
             {"data__teacher_temperature": 2.0, "loss__target_logits_scale": 0.5},
             r"target_logits_scale = 0.5: data.teacher_temperature = 2.0 .*applied twice",

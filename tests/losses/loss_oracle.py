@@ -48,10 +48,16 @@ class Inputs:
     labels: np.ndarray
     weight: np.ndarray
     log_sum_exp_logits: np.ndarray
+    topk_weights: np.ndarray | None = None  # of sampled targets
 
     @property
     def teaching(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.topk_logits, self.topk_token_ids, self.labels
+
+    def whole(self, settings: dict[str, Any]) -> dict[str, np.ndarray | None]:
+        """Returns the keywords for the arrays that go with these settings."""
+        weights = self.topk_weights if settings.get("targets") == "sampled" else None
+        return {"log_sum_exp_logits": self.log_sum_exp_logits, "topk_weights": weights}
 
 
 def make_inputs(
@@ -77,6 +83,7 @@ def make_inputs(
     labels = np.where(rng.random((b, t)) < 0.5, ids[..., 0], rng.integers(0, v, (b, t)))
     weight = np.where(rng.random((b, t)) < 1 / 3, 0, rng.uniform(0.5, 1.5, (b, t)))
     weight[0, 0] = 1.25
+    topk_weights = np.where(np.isfinite(topk_logits), rng.uniform(0, 2 / k, (b, t, k)), 0)
     return Inputs(
         logits,
         topk_logits.astype(np.float32),
@@ -84,7 +91,20 @@ def make_inputs(
         labels.astype(np.int32),
         weight.astype(np.float32),
         log_sum_exp.astype(np.float32),
+        topk_weights.astype(np.float32),
     )
+
+
+def vanishing_tail(inputs: Inputs, gap: float) -> Inputs:
+    """Returns the inputs with the entries' logits raised by `gap`, and in every second position with duplicate ids.
+
+    The student's tail then has a mass of about exp(-gap); the teacher's has one of 0.3.
+    """
+    inputs.topk_token_ids[:, ::2, 2:] = inputs.topk_token_ids[:, ::2, :2]
+    for at in np.ndindex(*inputs.labels.shape):
+        inputs.logits[at][inputs.topk_token_ids[at]] += gap
+    inputs.log_sum_exp_logits = (logsumexp(inputs.topk_logits) - np.log(0.7)).astype(np.float32)
+    return inputs
 
 
 def logsumexp(x: np.ndarray) -> np.ndarray:
@@ -103,6 +123,7 @@ def oracle(
     cross_tokenizer: Any = None,
     tail: str = "renormalize",
     jsd_beta: float = 0.5,
+    targets: str = "topk",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns loss, kd, sft [B, T] and the gradient [B, T, V] of sum(loss) by the logits, position by position."""
     b, t, v = inputs.logits.shape
@@ -114,23 +135,37 @@ def oracle(
         ids = inputs.topk_token_ids[at]
         if cross_tokenizer:
             tau, ids = -np.sort(-tau), np.argsort(-z, kind="stable")[: len(ids)]
-        ids, tau = ids[np.isfinite(tau)], tau[np.isfinite(tau)]
+        there = np.isfinite(tau)
+        ids, tau = ids[there], tau[there]
         softmax = np.exp(z - logsumexp(z))
-        if tail == "ghost":
-            log_p = with_tail(tau - inputs.log_sum_exp_logits[at].astype(np.float64))
-            log_q = with_tail(z[ids] - logsumexp(z))
-        else:
-            log_p, log_q = tau - logsumexp(tau), z[ids] - logsumexp(z[ids])
-        kd[at], slope = divergence(log_p, log_q, kd_loss, jsd_beta)
         by_z = np.zeros(v)
-        if tail == "ghost":
-            clamped = logsumexp(z[ids]) - logsumexp(z) > -(2.0**-23)
-            odds = 0 if clamped else np.exp(log_q[:-1] - log_q[-1])
-            slope = slope[:-1] - slope[-1] * odds
+        log_t = tau - inputs.log_sum_exp_logits[at].astype(np.float64)
+        if targets == "sampled" or tail == "label":
+            target, taught = np.exp(log_t), ids
+            if targets == "sampled":
+                assert inputs.topk_weights is not None
+                target = inputs.topk_weights[at][there].astype(np.float64)
+                kd[at] = target @ log_t
+            else:
+                target = np.append(target, max(0, 1 - target.sum()))
+                taught = np.append(ids, inputs.labels[at])
+            kd[at] -= target @ (z[taught] - logsumexp(z))
+            by_z += target.sum() * softmax
+            np.add.at(by_z, taught, -target)
+        elif tail == "ghost":
+            rest = np.setdiff1d(np.arange(v), ids)
+            log_q = z[ids] - logsumexp(z)
+            if len(rest):
+                log_t, log_q = with_tail(log_t), np.append(log_q, logsumexp(z[rest]) - logsumexp(z))
+            kd[at], slope = divergence(log_t, log_q, kd_loss, jsd_beta)
+            np.add.at(by_z, ids, slope[: len(ids)])
+            if len(rest):
+                by_z[rest] += slope[-1] * np.exp(z[rest] - logsumexp(z[rest]))
             by_z -= slope.sum() * softmax
         else:
-            slope = slope - np.exp(log_q) * slope.sum()
-        np.add.at(by_z, ids, slope)
+            log_q = z[ids] - logsumexp(z[ids])
+            kd[at], slope = divergence(tau - logsumexp(tau), log_q, kd_loss, jsd_beta)
+            np.add.at(by_z, ids, slope - np.exp(log_q) * slope.sum())
         gradient[at] = kd_loss_weight * logits_scale * by_z
         loss[at] = kd_loss_weight * kd[at]
         if sft_loss_weight:
@@ -142,6 +177,7 @@ def oracle(
 
 
 def with_tail(log_prob: np.ndarray) -> np.ndarray:
+    """Returns the teacher's log-probabilities and that of its tail, whose mass is at least about 2^-23."""
     mass = min(logsumexp(log_prob), -(2.0**-23))
     return np.append(log_prob, np.log(-np.expm1(mass)))
 
@@ -153,22 +189,20 @@ def divergence(log_p: np.ndarray, log_q: np.ndarray, kind: str, beta: float) -> 
         return np.sum(p * (log_p - log_q)), -p
     if kind == "bwd_kl":
         return np.sum(q * (log_q - log_p)), q * (log_q - log_p + 1)
-    m = beta * p + (1 - beta) * q
-    value = beta * np.sum(p * np.log(p / m)) + (1 - beta) * np.sum(q * np.log(q / m))
-    return value, (1 - beta) * q * np.log(q / m)
+    log_m = np.log(beta * p + (1 - beta) * q)
+    value = beta * np.sum(p * (log_p - log_m)) + (1 - beta) * np.sum(q * (log_q - log_m))
+    return value, (1 - beta) * q * (log_q - log_m)
 
 
 def takes(implementation: str, settings: dict[str, Any]) -> bool:
     """Returns whether an implementation supports these settings."""
-    everything = settings.get("sft_loss_weight") or settings.get("tail") == "ghost" or settings.get("cross_tokenizer")
+    everything = {"sft_loss_weight", "tail", "cross_tokenizer", "targets"} & {k for k, v in settings.items() if v}
     return implementation != "gathered" or not everything
 
 
 def weighted_sums(implementation: str, inputs: Inputs, settings: dict[str, Any]) -> tuple[Any, Any]:
     """Returns (loss, kd, sft) summed with `inputs.weight`, and the gradient of that loss by the logits."""
-    weight, arguments = jnp.asarray(inputs.weight), {**settings}
-    if settings.get("tail") == "ghost":
-        arguments["log_sum_exp_logits"] = inputs.log_sum_exp_logits
+    weight, arguments = jnp.asarray(inputs.weight), {**settings, **inputs.whole(settings)}
 
     def total(logits: jax.Array) -> tuple[jax.Array, Any]:
         if implementation in ("linear", "gathered"):  # multiplying by the identity keeps the logits exact

@@ -22,6 +22,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"kd_loss": "bwd_kl", "sft_loss_weight": 0.4, "logits_scale": 0.7},
     {"kd_loss": "jsd", "tail": "ghost", "sft_loss_weight": 0.2},
     {"kd_loss": "fwd_kl", "cross_tokenizer": "rank_match"},
+    {"kd_loss": "fwd_kl", "tail": "label"},
+    {"kd_loss": "fwd_kl", "targets": "sampled", "sft_loss_weight": 0.2},
 ]
 
 
@@ -41,9 +43,8 @@ def run(
     """Returns the sums and the gradients of 0.5 * loss."""
 
     def total(hidden: jax.Array, unembed: jax.Array) -> tuple[jax.Array, LossSums]:
-        lse = inputs.log_sum_exp_logits
         arguments = (*inputs.teaching, inputs.weight)
-        sums = linear_topk_kd_loss(hidden, unembed, *arguments, log_sum_exp_logits=lse, **settings, **choice)
+        sums = linear_topk_kd_loss(hidden, unembed, *arguments, **inputs.whole(settings), **settings, **choice)
         return 0.5 * sums.loss, sums
 
     gradient = jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
@@ -52,7 +53,7 @@ def run(
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s["kd_loss"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_sums_and_gradients(implementation: str, settings: dict[str, Any], dtype: str) -> None:
     inputs, hidden, unembed = problem(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)

@@ -11,10 +11,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from loss_oracle import Inputs, assert_close, jit, logsumexp, make_inputs, oracle, quick_compilation
 
-from kdjax.losses.closed_form import Picked, evaluate, term_cotangents
+from kdjax.losses.closed_form import Picked, evaluate, term_cotangents, with_total
 from kdjax.losses.objective import Objective, Supervision
 from kdjax.losses.rows import Rows, pallas
-from kdjax.losses.vocabulary import Vocabulary, taught_rows
+from kdjax.losses.vocabulary import Vocabulary, join, taught_rows
 
 # (dtype, (N, V, K), settings, traits for `make_inputs`). A tile is 4096 columns of float32, 8192 of 16-bit floats.
 CASES: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = [
@@ -32,6 +32,11 @@ CASES: list[tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = 
     ("bfloat16", (5, 61, 5), {"kd_loss": "jsd"}, {"duplicates": True}),
     ("float32", (3, 61, 5), {"kd_loss": "fwd_kl", "tail": "ghost", "sft_loss_weight": 0.4}, {"offset": 1000.0}),
     ("float32", (3, 61, 5), {"kd_loss": "fwd_kl", "sft_loss_weight": 0.4}, {"offset": -1000.0}),
+    ("bfloat16", (3, 8209, 100), {"kd_loss": "bwd_kl", "tail": "ghost", "sft_loss_weight": 0.4}, {"duplicates": True}),
+    ("float32", (5, 4099, 61), {"tail": "label", "logits_scale": 0.7}, {"absent": True}),
+    ("float16", (5, 61, 5), {"tail": "label", "sft_loss_weight": 0.4}, {"duplicates": True}),
+    ("float32", (5, 4099, 61), {"targets": "sampled", "sft_loss_weight": 0.4}, {"duplicates": True}),
+    ("bfloat16", (5, 61, 5), {"targets": "sampled", "logits_scale": 0.7}, {"absent": True}),
 ]
 
 
@@ -44,11 +49,14 @@ def interpret(
     """Returns (loss, kd, sft) [B, T] and the gradient of the loss summed with `weight`; `size` columns are valid."""
     vocabulary = Vocabulary(size)
     rows = taught_rows(objective, vocabulary, logits, supervision)
-    picked, kd, exponentials = INTERPRETED.sweep(
-        objective, rows, log_sum=objective.needs_log_sum, supervision=supervision
+    for_kd = None if objective.ghost else supervision
+    picked, kd, exponentials, without_entries = INTERPRETED.sweep(
+        objective, rows, log_sum=objective.needs_log_sum, supervision=for_kd
     )
-    assert kd is not None
+    assert (kd is None) == objective.ghost
     assert exponentials is None
+    picked = join(objective, vocabulary, picked, rows, supervision)
+    rows = rows if without_entries is None else rows._replace(logits=without_entries)
     zero = jnp.zeros_like(weight)
     term_cts = term_cotangents(objective, (weight, zero, zero))
     dtype = dtype or logits.dtype
@@ -59,14 +67,15 @@ def interpret(
 compiled = jax.jit(interpret, static_argnums=(0, 1), static_argnames=("dtype",), compiler_options=quick_compilation())
 
 
-def supervision_of(inputs: Inputs) -> Supervision:
-    return Supervision(*map(jnp.asarray, (*inputs.teaching, inputs.log_sum_exp_logits)))
+def supervision_of(inputs: Inputs, **settings: Any) -> Supervision:
+    return jax.tree.map(jnp.asarray, Supervision(*inputs.teaching, **inputs.whole(settings)))
 
 
 def run(inputs: Inputs, size: int | None = None, dtype: Any = None, **settings: Any) -> tuple[Any, np.ndarray]:
     logits, weight = jnp.asarray(inputs.logits), jnp.asarray(inputs.weight)
     size = size or inputs.logits.shape[-1]
-    losses, gradient = compiled(Objective(**settings), size, logits, supervision_of(inputs), weight, dtype=dtype)
+    supervision = supervision_of(inputs, **settings)
+    losses, gradient = compiled(Objective(**settings), size, logits, supervision, weight, dtype=dtype)
     return [np.asarray(x) for x in losses], np.asarray(gradient)
 
 
@@ -140,11 +149,15 @@ def test_padding_columns_stay_out(v: int, columns: int, padding: float) -> None:
 def test_a_row_of_padding_is_empty() -> None:
     """The last shards of a small vocabulary have such rows."""
     logits, columns = jnp.full((3, 17), jnp.nan), jnp.full((3, 5), 17, jnp.int32)
-    picked, kd, _ = INTERPRETED.sweep(Objective(), Rows(logits, columns, jnp.int32(0)), log_sum=True)
+    picked, kd, _, _ = INTERPRETED.sweep(Objective(), Rows(logits, columns, jnp.int32(0)), log_sum=True)
     np.testing.assert_array_equal(picked.row_max, -np.inf)
     np.testing.assert_array_equal(picked.log_sum, -np.inf)
     np.testing.assert_array_equal(picked.topk, np.nan)
     assert kd is None
+    picked = INTERPRETED.sweep(Objective(tail="ghost"), Rows(logits, columns, jnp.int32(0)), log_sum=True).picked
+    np.testing.assert_array_equal(picked.tail_max, -np.inf)
+    np.testing.assert_array_equal(picked.tail_log_sum, -np.inf)
+    assert picked.row_max is None
 
 
 def test_shards_of_the_vocabulary() -> None:
@@ -160,19 +173,21 @@ def test_shards_of_the_vocabulary() -> None:
         here = (taught >= first) & (taught < first + w)
         columns = jnp.asarray(np.where(here, taught - first, w).astype(np.int32))
         logits, n_valid = jnp.asarray(padded[..., first : first + w]), jnp.int32(min(w, v - first))
-        shards.append(Rows(logits, columns, n_valid))
-        picked, kd, _ = INTERPRETED.sweep(objective, shards[-1], log_sum=True)
+        rows = Rows(logits, columns, n_valid)
+        picked, kd, _, without_entries = INTERPRETED.sweep(objective, rows, log_sum=True)
+        shards.append(rows._replace(logits=without_entries))
         assert kd is None
         assert np.isnan(picked.topk).tolist() == (~here[..., :-1]).tolist()
         parts.append(picked)
-    row_max = np.max([part.row_max for part in parts], axis=0)
-    shifted = [part.log_sum + part.row_max - row_max for part in parts]
+    tail_max = np.max([part.tail_max for part in parts], axis=0)
+    shifted = [part.tail_log_sum + part.tail_max - tail_max for part in parts]
     joined = Picked(
         jnp.asarray(np.nansum([part.topk for part in parts], axis=0)),
         jnp.asarray(np.nansum([part.label for part in parts], axis=0)),
-        jnp.asarray(row_max),
-        jnp.asarray(logsumexp(np.stack(shifted, axis=-1))),
+        tail_max=jnp.asarray(tail_max),
+        tail_log_sum=jnp.asarray(logsumexp(np.stack(shifted, axis=-1))),
     )
+    joined = with_total(objective, joined, jnp.ones(supervision.topk_logits.shape, bool))
     weight = jnp.asarray(inputs.weight)
     term_cts = term_cotangents(objective, (weight, 0 * weight, 0 * weight))
     spread = functools.partial(INTERPRETED.spread, objective, dtype=padded.dtype)
@@ -186,7 +201,7 @@ def test_shards_of_the_vocabulary() -> None:
 def test_without_the_log_sum_only_the_taught_logits_are_picked() -> None:
     inputs = make_inputs(5, (1, 3, 61, 5))
     rows = taught_rows(Objective(), Vocabulary(61), jnp.asarray(inputs.logits), supervision_of(inputs))
-    picked, _, _ = INTERPRETED.sweep(Objective(), rows, log_sum=False)
+    picked = INTERPRETED.sweep(Objective(), rows, log_sum=False).picked
     assert picked.row_max is None
     assert picked.log_sum is None
     np.testing.assert_array_equal(picked.topk, np.take_along_axis(inputs.logits, inputs.topk_token_ids, axis=-1))
@@ -225,7 +240,10 @@ def kernels(logits: jax.Array, supervision: Supervision, weight: jax.Array) -> t
     """Returns the kd term and the gradient from the kernels for a GPU."""
     objective = Objective(sft_loss_weight=0.4, tail="ghost")
     rows = taught_rows(objective, Vocabulary(logits.shape[-1]), logits, supervision)
-    picked, kd, _ = pallas.Kernels().sweep(objective, rows, log_sum=True, supervision=supervision)
+    picked, _, _, without_entries = pallas.Kernels().sweep(objective, rows, log_sum=True)
+    picked = join(objective, Vocabulary(logits.shape[-1]), picked, rows, supervision)
+    rows = rows._replace(logits=without_entries)
+    kd = evaluate(objective, picked, supervision)[1]
     cotangents = (weight, weight)
     return kd, pallas.Kernels().spread(objective, rows, picked, supervision, *cotangents, dtype=logits.dtype)
 
@@ -251,7 +269,8 @@ def test_lowers_for_a_gpu(dtype: str, x64: bool, wrap: Any) -> None:
     with jax.enable_x64(x64):
         text = lowered(wrap(kernels), jnp.asarray(inputs.logits), supervision_of(inputs), jnp.asarray(inputs.weight))
     assert text.count("xla.gpu.triton") == 2
-    assert text.count("#stablehlo.output_operand_alias") == 1, "the gradient takes the logits' memory"
+    # The logits without the entries take the logits' memory, and then the gradient takes it.
+    assert text.count("#stablehlo.output_operand_alias") == 2
 
 
 @deprecated

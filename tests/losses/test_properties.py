@@ -22,6 +22,11 @@ SETTINGS: list[dict[str, Any]] = [
     {"kd_loss": "jsd", "jsd_beta": 0.3, "tail": "ghost", "sft_loss_weight": 0.4},
     {"kd_loss": "fwd_kl", "cross_tokenizer": "rank_match", "sft_loss_weight": 0.4},
 ]
+# The losses that are no divergence, which is 0 where the student is the teacher and never below.
+WHOLE: list[dict[str, Any]] = [
+    {"kd_loss": "fwd_kl", "tail": "label", "logits_scale": 0.7},
+    {"kd_loss": "fwd_kl", "targets": "sampled", "sft_loss_weight": 0.4, "logits_scale": 0.7},
+]
 values = st.floats(-20, 20, width=32)
 problems = st.builds(
     Inputs,
@@ -33,6 +38,7 @@ problems = st.builds(
     labels=hnp.arrays(np.int32, (B, T), elements=st.integers(0, V - 1)),
     weight=st.just(np.ones((B, T), np.float32)),
     log_sum_exp_logits=st.just(np.full((B, T), 25, np.float32)),  # above any logsumexp of four values up to 20
+    topk_weights=hnp.arrays(np.float32, (B, T, K), elements=st.floats(0, 1, width=32)),
 )
 quick = hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s['kd_loss']}-{len(s)}")
@@ -41,19 +47,19 @@ each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s[
 def compiled(implementation: str = "xla", **settings: Any) -> Callable[[Inputs], tuple[np.ndarray, np.ndarray]]:
     """Returns a function for (loss, kd, sft) and the gradient, compiled once for all examples of a test."""
 
-    def total(z: jax.Array, teaching: Any, lse: jax.Array) -> tuple[jax.Array, Any]:
+    def total(z: jax.Array, teaching: Any, whole: Any) -> tuple[jax.Array, Any]:
         if implementation in ("linear", "gathered"):  # the identity as unembedding gives sums of the same losses
             name = "xla" if implementation == "linear" else "gathered"
-            choice = {"implementation": name, "chunk_tokens": 1, "log_sum_exp_logits": lse, **settings}
+            choice = {"implementation": name, "chunk_tokens": 1, **whole, **settings}
             sums = linear_topk_kd_loss(z, jnp.eye(V), *teaching, jnp.ones((B, T)), **choice)
             return sums.loss, sums[:3]
-        losses = topk_kd_loss(z, *teaching, log_sum_exp_logits=lse, implementation=implementation, **settings)
+        losses = topk_kd_loss(z, *teaching, implementation=implementation, **whole, **settings)
         return losses[0].sum(), losses
 
     run = jit(jax.value_and_grad(total, has_aux=True))
 
     def apply(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-        (_, losses), gradient = run(inputs.logits, inputs.teaching, inputs.log_sum_exp_logits)
+        (_, losses), gradient = run(inputs.logits, inputs.teaching, inputs.whole(settings))
         return np.array(losses), np.asarray(gradient)
 
     return apply
@@ -64,7 +70,7 @@ def compiled(implementation: str = "xla", **settings: Any) -> Callable[[Inputs],
     [
         pytest.param(settings, name, id=f"{name}-{settings['kd_loss']}-{len(settings)}")
         for name in ("xla", "linear", "gathered", "pallas_interpret")
-        for settings in SETTINGS
+        for settings in SETTINGS + WHOLE
         if takes(name, settings)
     ],
 )
@@ -83,6 +89,7 @@ def test_invariances(settings: dict[str, Any], implementation: str) -> None:
             inputs.labels,
             inputs.weight,
             inputs.log_sum_exp_logits + np.float32(teacher_shift),
+            None if inputs.topk_weights is None else inputs.topk_weights[..., order],
         )
         # adding 64 to a value below 32 rounds it by 2^-18, half a unit in the last place; a loss adds up a few of these
         moved_losses, moved_gradient = run(moved)
@@ -128,7 +135,7 @@ def test_zero_where_student_is_teacher(settings: dict[str, Any]) -> None:
     check()
 
 
-@each_setting
+@pytest.mark.parametrize("settings", SETTINGS + WHOLE, ids=lambda s: "-".join(map(str, s.values())))
 def test_finite_differences(settings: dict[str, Any]) -> None:
     """The hand-written derivative of a mix of the three results, in float64."""
     inputs = make_inputs(1, SHAPE, "float64")
@@ -136,8 +143,7 @@ def test_finite_differences(settings: dict[str, Any]) -> None:
 
         @jax.jit
         def mix(z: jax.Array) -> jax.Array:
-            lse = inputs.log_sum_exp_logits
-            loss, kd, sft = topk_kd_loss(z, *inputs.teaching, log_sum_exp_logits=lse, **settings)
+            loss, kd, sft = topk_kd_loss(z, *inputs.teaching, **inputs.whole(settings), **settings)
             assert loss.dtype == jnp.float64
             return jnp.sum(loss * 0.3 - kd * 1.7 + sft * jnp.arange(1.0, 1 + T))
 
@@ -145,9 +151,9 @@ def test_finite_differences(settings: dict[str, Any]) -> None:
 
         @jax.jit
         def linear(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
-            lse = inputs.log_sum_exp_logits
+            whole = inputs.whole(settings)
             arguments = (*inputs.teaching, inputs.weight)
-            sums = linear_topk_kd_loss(hidden, unembed, *arguments, log_sum_exp_logits=lse, chunk_tokens=1, **settings)
+            sums = linear_topk_kd_loss(hidden, unembed, *arguments, chunk_tokens=1, **whole, **settings)
             return 0.3 * sums.loss
 
         rng = np.random.default_rng(2)

@@ -35,6 +35,9 @@ def call(**changes: Any) -> Any:
     return topk_kd_loss(**{**arguments, **changes})
 
 
+SAMPLED: dict[str, Any] = {"targets": "sampled", "topk_weights": INPUTS.topk_weights}
+
+
 def call_linear(**changes: Any) -> Any:
     arguments = {
         "hidden": HIDDEN,
@@ -43,6 +46,7 @@ def call_linear(**changes: Any) -> Any:
         "topk_token_ids": INPUTS.topk_token_ids,
         "labels": INPUTS.labels,
         "loss_mask": INPUTS.weight,
+        "log_sum_exp_logits": INPUTS.log_sum_exp_logits,
     }
     return linear_topk_kd_loss(**{**arguments, **changes})
 
@@ -50,7 +54,8 @@ def call_linear(**changes: Any) -> Any:
 BAD_SETTINGS = [
     ({"kd_loss": "fwdkl"}, "kd_loss = 'fwdkl'.*'fwd_kl', 'bwd_kl', 'jsd'"),
     ({"kd_loss": None}, "kd_loss = None.*'fwd_kl', 'bwd_kl', 'jsd'"),
-    ({"tail": "drop"}, "tail = 'drop'.*'renormalize', 'ghost'"),
+    ({"tail": "drop"}, "tail = 'drop'.*'renormalize', 'ghost', 'label'"),
+    ({"targets": "draws"}, "targets = 'draws' is unknown.*'topk', 'sampled'"),
     ({"cross_tokenizer": "rank"}, "cross_tokenizer = 'rank' is unknown.*None, 'rank_match'"),
     ({"cross_tokenizer": 1}, "cross_tokenizer = 1 .*'rank_match'"),
     ({"kd_loss_weight": -1.0}, "kd_loss_weight = -1.0 would maximise its term.*0 to leave"),
@@ -71,7 +76,39 @@ BAD_SETTINGS = [
         {"tail": "ghost", "target_logits_scale": 0.5},
         "target_logits_scale = 0.5 does not work with tail = 'ghost'.*'renormalize'",
     ),
+    (
+        {"tail": "label", "target_logits_scale": 0.5},
+        "target_logits_scale = 0.5 does not work with tail = 'label'.*'renormalize'",
+    ),
+    (
+        {**SAMPLED, "target_logits_scale": 0.5},
+        "target_logits_scale = 0.5 does not work with targets = 'sampled': the ids were drawn.*= 1 or targets = 'topk'",
+    ),
+    (
+        {"tail": "label", "kd_loss": "jsd"},
+        "kd_loss = 'jsd' does not work with tail = 'label'.*kd_loss = 'fwd_kl' or tail = 'renormalize'",
+    ),
+    (
+        {**SAMPLED, "kd_loss": "bwd_kl"},
+        "kd_loss = 'bwd_kl' does not work with targets = 'sampled'.*kd_loss = 'fwd_kl' or targets = 'topk'",
+    ),
+    (
+        {"tail": "label", "cross_tokenizer": True},
+        "cross_tokenizer = 'rank_match' does not work with tail = 'label'.*= None or tail = 'renormalize'",
+    ),
+    (
+        {**SAMPLED, "cross_tokenizer": True},
+        "cross_tokenizer = 'rank_match' does not work with targets = 'sampled'.*= None or targets = 'topk'",
+    ),
+    ({**SAMPLED, "tail": "ghost"}, "tail = 'ghost' does not work with targets = 'sampled'.*'renormalize'.*'topk'"),
+    ({**SAMPLED, "tail": "label"}, "tail = 'label' does not work with targets = 'sampled'.*'renormalize'.*'topk'"),
+    ({"targets": "sampled"}, r"targets = 'sampled' needs topk_weights \[B, T, K\].*None.*targets = 'topk'"),
+    ({"topk_weights": INPUTS.topk_weights}, "topk_weights are given, which targets = 'topk' does not read.*'sampled'"),
+    ({**SAMPLED, "topk_weights": INPUTS.topk_weights[..., :3]}, r"topk_weights has shape \[2, 3, 3\].*\[2, 3, 4\]"),
+    ({**SAMPLED, "topk_weights": INPUTS.topk_token_ids}, "topk_weights is int32.*floating-point"),
     ({"tail": "ghost", "log_sum_exp_logits": None}, "tail = 'ghost' needs log_sum_exp_logits.*'renormalize'"),
+    ({"tail": "label", "log_sum_exp_logits": None}, "tail = 'label' needs log_sum_exp_logits.*'renormalize'"),
+    ({**SAMPLED, "log_sum_exp_logits": None}, "targets = 'sampled' needs log_sum_exp_logits.*targets = 'topk'"),
     ({"implementation": "pallas"}, "implementation = 'pallas' is a kernel for NVIDIA GPUs and this is cpu.*'xla'"),
     ({"implementation": "triton"}, "implementation = 'triton' is a kernel for NVIDIA GPUs and this is cpu.*'xla'"),
     ({"implementation": "fast"}, "implementation = 'fast' is not available.*'reference', 'xla'"),
@@ -129,9 +166,11 @@ BAD_LINEAR_ARGUMENTS = [
         "'gathered'.*sft_loss_weight = 0.4 needs all.*= None",
     ),
     (
-        {"implementation": "gathered", "tail": "ghost", "log_sum_exp_logits": INPUTS.log_sum_exp_logits},
+        {"implementation": "gathered", "tail": "ghost"},
         "'gathered'.*tail = 'ghost' needs all.*= None",
     ),
+    ({"implementation": "gathered", "tail": "label"}, "'gathered'.*tail = 'label' needs all.*= None"),
+    ({"implementation": "gathered", **SAMPLED}, "'gathered'.*targets = 'sampled' needs all.*= None"),
     (
         {"implementation": "gathered", "cross_tokenizer": True},
         "'gathered'.*'rank_match' needs all.*= None",
@@ -158,6 +197,14 @@ def test_bad_linear_arguments(arguments: dict[str, Any], message: str) -> None:
         ({}, {"cross_tokenizer": "rank_match"}),
         ({}, {"tail": "ghost"}),
         ({"tail": "ghost"}, {"log_sum_exp_logits": INPUTS.log_sum_exp_logits + 1}),
+        ({}, {"tail": "label"}),
+        ({"tail": "ghost"}, {"tail": "label"}),
+        ({"tail": "label"}, {"labels": (INPUTS.labels + 1) % 19}),
+        ({"tail": "label"}, {"log_sum_exp_logits": INPUTS.log_sum_exp_logits + 1}),
+        ({}, SAMPLED),
+        (SAMPLED, {"topk_weights": INPUTS.topk_weights / 2}),
+        (SAMPLED, {"log_sum_exp_logits": INPUTS.log_sum_exp_logits + 1}),
+        (SAMPLED, {"logits_scale": 0.5}),
     ],
 )
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -194,7 +241,8 @@ def test_distillation_alone_makes_no_pass_over_the_vocabulary() -> None:
     whole = "f32[2,3,19] = exp"
     assert whole not in program()
     assert whole in program(sft_loss_weight=0.1)
-    assert whole in program(tail="ghost")
+    for choice in ({"tail": "ghost"}, {"tail": "label"}, SAMPLED):
+        assert whole in program(**choice)
 
 
 def test_none_logs_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -220,6 +268,10 @@ def test_none_logs_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
         ("cuda", {}, "xla", "gathered"),
         ("cuda", {"sft_loss_weight": 0.4}, "pallas", "pallas"),
         ("cuda", {"tail": "ghost"}, "pallas", "pallas"),
+        ("cpu", {"tail": "label"}, "xla", "xla"),
+        ("cpu", {"targets": "sampled"}, "xla", "xla"),
+        ("cuda", {"tail": "label"}, "pallas", "pallas"),
+        ("cuda", {"targets": "sampled"}, "pallas", "pallas"),
         ("rocm", {"sft_loss_weight": 0.4}, "xla", "xla"),
         ("tpu", {"sft_loss_weight": 0.4}, "xla", "xla"),
     ],
@@ -298,6 +350,7 @@ def test_checked_mode_names_ids_out_of_range() -> None:
         assert message in complaint(function, topk_token_ids=ids)
         assert "labels holds -100 at row 0, position 0" in complaint(function, labels=labels, sft_loss_weight=0.4)
         assert complaint(function, labels=labels) == "None"
+        assert "labels holds -100 at row 0, position 0" in complaint(function, labels=labels, tail="label")
         assert complaint(function, topk_token_ids=ids, topk_logits=values) == "None"
     mask[1, 2] = 0
     assert complaint(call_linear, topk_token_ids=ids, loss_mask=mask) == "None"
@@ -315,6 +368,16 @@ def test_messages_name_the_keys_of_the_configuration() -> None:
             Objective(tail="ghost", target_logits_scale=2),
             "loss.target_logits_scale = 2 does not work with loss.tail = 'ghost'.*"
             "set loss.target_logits_scale = 1 or loss.tail = 'renormalize'",
+        ),
+        (
+            Objective(tail="label", kd_loss="jsd"),
+            "loss.kd_loss = 'jsd' does not work with loss.tail = 'label'.*"
+            "set loss.kd_loss = 'fwd_kl' or loss.tail = 'renormalize'",
+        ),
+        (
+            Objective(tail="ghost", targets="sampled"),
+            "loss.tail = 'ghost' does not work with loss.targets = 'sampled'.*"
+            "leave loss.tail = 'renormalize'.* or set loss.targets = 'topk'",
         ),
     ]:
         with pytest.raises(UserError, match=f"^{message}"):

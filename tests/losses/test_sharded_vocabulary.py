@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from loss_oracle import jit, make_inputs
+from loss_oracle import assert_close, jit, make_inputs, oracle, vanishing_tail
 
 from kdjax.losses import linear_topk_kd_loss, topk_kd_loss
 from kdjax.types import UserError
@@ -26,6 +26,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"kd_loss": "bwd_kl", "cross_tokenizer": "rank_match", "sft_loss_weight": 0.4},
     {"kd_loss": "fwd_kl", "cross_tokenizer": "rank_match", "tail": "ghost"},
     {"kd_loss": "fwd_kl", "kd_loss_weight": 0.0, "sft_loss_weight": 1.0},
+    {"tail": "label"},
+    {"tail": "label", "sft_loss_weight": 0.3, "logits_scale": 0.7},
+    {"targets": "sampled", "logits_scale": 0.7},
+    {"targets": "sampled", "sft_loss_weight": 0.3},
 ]
 
 
@@ -53,7 +57,7 @@ def problem() -> Any:
 
 def logits_loss(settings: dict[str, Any], logits: jax.Array, inputs: Any, **choice: Any) -> tuple[jax.Array, Any]:
     """Returns a mix of the three results over the unmasked positions, and the results."""
-    losses = topk_kd_loss(logits, *inputs.teaching, log_sum_exp_logits=inputs.log_sum_exp_logits, **settings, **choice)
+    losses = topk_kd_loss(logits, *inputs.teaching, **inputs.whole(settings), **settings, **choice)
     loss, kd, sft = (jnp.where(inputs.weight == 0, 0, inputs.weight * x).sum() for x in losses)
     return loss + 0.3 * kd - 0.2 * sft, (loss, kd, sft)
 
@@ -100,8 +104,9 @@ def test_logits(i: int, sizes: tuple[int, int]) -> None:
 
 
 def linear_loss(settings: dict[str, Any], hidden: Any, unembed: Any, rows: Any, **choice: Any) -> Any:
-    *teaching, weight, lse = rows
-    arguments = {"log_sum_exp_logits": lse, "chunk_tokens": 4, **settings, **choice}
+    *teaching, weight, lse, topk_weights = rows
+    whole = {"log_sum_exp_logits": lse, "topk_weights": topk_weights if "targets" in settings else None}
+    arguments = {**whole, "chunk_tokens": 4, **settings, **choice}
     return linear_topk_kd_loss(hidden, unembed, *teaching, weight, **arguments)
 
 
@@ -117,7 +122,7 @@ LINEAR = [
 def unsharded_linear(i: int) -> Any:
     """Returns the sums and gradients of `linear_loss` with the i-th settings, on one device."""
     inputs, hidden, unembed = problem()
-    rows = (*inputs.teaching, inputs.weight, inputs.log_sum_exp_logits)
+    rows = (*inputs.teaching, inputs.weight, inputs.log_sum_exp_logits, inputs.topk_weights)
 
     def loss(hidden: jax.Array, unembed: jax.Array) -> Any:
         sums = linear_loss(SETTINGS[i], hidden, unembed, rows, implementation="xla")
@@ -132,7 +137,7 @@ def test_linear(i: int, implementation: str, sizes: tuple[int, ...]) -> None:
     """The unembedding is split over AXES, and the positions over "data"."""
     settings = SETTINGS[i]
     inputs, hidden, unembed = problem()
-    rows = (*inputs.teaching, inputs.weight, inputs.log_sum_exp_logits)
+    rows = (*inputs.teaching, inputs.weight, inputs.log_sum_exp_logits, inputs.topk_weights)
     expected, slopes = unsharded_linear(i)
     choice = {"axis_name": AXES, "vocab_size": V, "implementation": implementation}
     batch, vocabulary = P("data"), P(AXES)
@@ -193,6 +198,39 @@ def test_a_shard_without_any_token(offset: float) -> None:
     np.testing.assert_array_equal(gradient[..., 3:], 0)
 
 
+@pytest.mark.parametrize("gap", [0, 28, 69, 1000])
+@pytest.mark.parametrize("kd_loss", ["fwd_kl", "bwd_kl", "jsd"])
+def test_a_vanishing_tail(kd_loss: str, gap: int) -> None:
+    """It is summed over the shards, some of which hold nothing else, against float64; masked positions hold NaN."""
+    inputs = vanishing_tail(make_inputs(13, (1, 5, 13, 4)), gap)
+    settings = {"kd_loss": kd_loss, "tail": "ghost", "sft_loss_weight": 0.3}
+    *_, slope = oracle(inputs, **settings)
+    inputs.logits[inputs.weight == 0] = np.nan
+
+    def total(logits: jax.Array) -> jax.Array:
+        arguments = {**settings, **inputs.whole(settings), "axis_name": AXES, "vocab_size": 13}
+        loss = topk_kd_loss(logits, *inputs.teaching, implementation="xla", **arguments)[0]
+        return jnp.where(inputs.weight == 0, 0, inputs.weight * loss).sum()
+
+    for sizes in ((2, 1), (2, 2)):
+        on_shards = jax.shard_map(total, mesh=make_mesh(*sizes), in_specs=P(None, None, AXES), out_specs=P())
+        gradient = jit(jax.grad(on_shards))(padded(inputs.logits, 2, sizes[0] * sizes[1]))
+        assert_close(gradient[..., :13], slope * inputs.weight[..., None], "float32", scale=0.02)
+
+
+def test_a_taught_vocabulary() -> None:
+    """With K = V there is no tail on any shard."""
+    inputs = make_inputs(14, (1, 3, 7, 7))
+    settings = {"tail": "ghost", "sft_loss_weight": 0.3}
+    loss = functools.partial(logits_loss, settings, inputs=inputs, implementation="xla")
+    (expected, _), slope = jit(jax.value_and_grad(loss, has_aux=True))(inputs.logits)
+    on_shards = functools.partial(loss, axis_name=AXES, vocab_size=7)
+    sharded = jax.shard_map(on_shards, mesh=make_mesh(2, 2), in_specs=P(None, None, AXES), out_specs=P())
+    (ours, _), gradient = jit(jax.value_and_grad(sharded, has_aux=True))(padded(inputs.logits, 2, 4))
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient[..., :7], slope, rtol=1e-5, atol=1e-6)
+
+
 def all_reduced(program: str) -> list[int]:
     """Returns the number of elements of each all-reduce in an optimised program; fails on other collectives."""
     assert not re.search(r" (all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(", program)
@@ -203,12 +241,17 @@ def all_reduced(program: str) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("settings", [SETTINGS[i] for i in (0, 2, 4)], ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize(
+    "settings", [SETTINGS[i] for i in (0, 2, 4, 7, 9)], ids=lambda s: "-".join(map(str, s.values()))
+)
 def test_collectives(settings: dict[str, Any]) -> None:
-    """Forward one all-reduce of K + 1 + 2 shards numbers per position, backward one of the hidden states."""
+    """Forward one all-reduce of K + 1 + 2 shards numbers per position, backward one of the hidden states.
+
+    Rank matching has another one forward, of the K candidates of each shard.
+    """
     inputs, hidden, unembed = problem()
     mesh = make_mesh(2, 2)
-    rows = (*inputs.teaching, inputs.weight, inputs.log_sum_exp_logits)
+    rows = (*inputs.teaching, inputs.weight, inputs.log_sum_exp_logits, inputs.topk_weights)
 
     def sharded(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
         choice = {"axis_name": AXES, "vocab_size": V, "chunk_tokens": B * T, "implementation": "xla"}
@@ -216,19 +259,20 @@ def test_collectives(settings: dict[str, Any]) -> None:
 
     loss = jax.shard_map(sharded, mesh=mesh, in_specs=(P(), P(AXES)), out_specs=P())
     arguments = hidden, padded(unembed, 0, 4)
-    (forward,) = all_reduced(jax.jit(loss).lower(*arguments).compile().as_text())
-    candidates = 4 * K if settings.get("cross_tokenizer") else K
-    label = 1 if settings.get("sft_loss_weight") else 0
-    assert forward == B * T * (candidates + label + 2 * 4)
+    forward = all_reduced(jax.jit(loss).lower(*arguments).compile().as_text())
+    label = 1 if settings.get("sft_loss_weight") or settings.get("tail") == "label" else 0
+    expected = [B * T * (K + label + 2 * 4)]
+    expected += [B * T * 4 * K] if settings.get("cross_tokenizer") else []
+    assert sorted(forward) == sorted(expected)
     both = all_reduced(jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile().as_text())
-    assert sorted(both) == sorted([forward, B * T * D])
+    assert sorted(both) == sorted([*expected, B * T * D])
 
     def on_logits(logits: jax.Array) -> jax.Array:
         return logits_loss(settings, logits, inputs, axis_name=AXES, vocab_size=V, implementation="xla")[0]
 
     logits = padded(np.einsum("BTD,VD->BTV", hidden, unembed), 2, 4)
     loss = jax.shard_map(on_logits, mesh=mesh, in_specs=P(None, None, AXES), out_specs=P())
-    assert len(all_reduced(jax.jit(jax.grad(loss)).lower(logits).compile().as_text())) == 1
+    assert len(all_reduced(jax.jit(jax.grad(loss)).lower(logits).compile().as_text())) == len(expected)
 
 
 def test_the_specification_takes_the_whole_vocabulary() -> None:
@@ -245,7 +289,7 @@ def test_the_specification_takes_the_whole_vocabulary() -> None:
 def test_padding_without_shards(implementation: str) -> None:
     """Padded columns on one device, with `vocab_size` alone."""
     inputs, hidden, unembed = problem()
-    rows = (*inputs.teaching, inputs.weight, inputs.log_sum_exp_logits)
+    rows = (*inputs.teaching, inputs.weight, inputs.log_sum_exp_logits, inputs.topk_weights)
 
     def loss(unembed: jax.Array, **choice: Any) -> jax.Array:
         return linear_loss(SETTINGS[2], hidden, unembed, rows, implementation=implementation, **choice).loss

@@ -52,10 +52,13 @@ def test_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     [*itertools.product([128256], aot.DTYPES, aot.TOPK), (32000, "bfloat16", 100), (151936, "float32", 4)],
 )
 def test_compiled_for_an_h100(v: int, dtype: str, k: int) -> None:
-    """Three passes, in 16-byte loads and stores, without spills or other memory as large as the logits."""
+    """Three passes, in 16-byte loads and stores, without spills or other memory as large as the logits.
+
+    The sweep counts as writing an array because it writes -inf over each row's K entries, in the logits' memory.
+    """
     mesh = h100s(1, 1)
     program, ptx = compiled(loss_and_gradient(**EVERYTHING), mesh, *arguments(mesh, v, dtype, k))
-    assert aot.traffic(program.as_text(), N * v) == [("kdjax_sweep", 1, 0), ("kdjax_spread", 1, 1)]
+    assert aot.traffic(program.as_text(), N * v) == [("kdjax_sweep", 1, 1), ("kdjax_spread", 1, 1)]
     itemsize = jnp.dtype(dtype).itemsize
     assert program.memory_analysis().temp_size_in_bytes < 0.05 * N * v * itemsize
 
@@ -104,7 +107,7 @@ def test_vocabulary_parallel(check_vma: bool) -> None:
     in_specs = split, *[P("data")] * 4
     sharded = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(P(), split), check_vma=check_vma)
     program, ptx = compiled(sharded, mesh, *arguments(mesh, v, "bfloat16", 64))
-    assert aot.traffic(program.as_text(), N // 2 * v // 4) == [("kdjax_sweep", 1, 0), ("kdjax_spread", 1, 1)]
+    assert aot.traffic(program.as_text(), N // 2 * v // 4) == [("kdjax_sweep", 1, 1), ("kdjax_spread", 1, 1)]
     for kernel in ptx.values():
         assert_no_spills(kernel)
         assert set(aot.accesses(row_loop(kernel)[0])) == {16}

@@ -11,9 +11,10 @@ import pytest
 import triton
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
-from loss_oracle import Inputs, assert_close, make_inputs, oracle
+from loss_oracle import Inputs, assert_close, make_inputs, oracle, vanishing_tail
 from triton_on_cpu import Memory, interpret
 
+from kdjax.losses.closed_form import Picked, with_total
 from kdjax.losses.dispatch import LossCall
 from kdjax.losses.objective import Objective, Supervision, supervise
 from kdjax.losses.rows import Rows, triton_kernels, xla
@@ -36,9 +37,14 @@ SETTINGS: list[dict[str, Any]] = [
     {"kd_loss": "jsd", "tail": "ghost", "jsd_beta": 0.7},
     {"kd_loss": "bwd_kl", "cross_tokenizer": "rank_match", "sft_loss_weight": 0.4},
     {"kd_loss": "fwd_kl", "kd_loss_weight": 0.0, "sft_loss_weight": 1.0},
+    {"tail": "label", "logits_scale": 0.7},
+    {"tail": "label", "sft_loss_weight": 0.4},
+    {"targets": "sampled"},
+    {"targets": "sampled", "sft_loss_weight": 0.4, "logits_scale": 0.7},
 ]
 TRAITS: list[dict[str, Any]] = [{}, {"duplicates": True}, {"absent": True}, {"offset": 1000.0}, {"offset": -1000.0}]
-EVERYTHING = {"kd_loss": "jsd", "tail": "ghost", "sft_loss_weight": 0.4, "logits_scale": 0.8}
+PLAIN = {"kd_loss": "jsd", "sft_loss_weight": 0.4, "logits_scale": 0.8}
+EVERYTHING = {**PLAIN, "tail": "ghost"}
 GRID = [(i, (i + j) % len(TRAITS)) for i in range(len(SETTINGS)) for j in (0, 2)]
 VOCABULARIES = [(v, k) for v in (2, 3, 17, 61, 4099) for k in {1, 4, 5, 61, 100, v % 4099} if 0 < k <= v]
 
@@ -57,7 +63,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
 def losses_and_gradient(inputs: Inputs, settings: dict[str, Any]) -> tuple[Any, jax.Array]:
     """Returns (loss, kd, sft) of each position and the gradient of the weighted sum of the losses."""
     objective = Objective(**settings)
-    supervision = supervise(objective, Supervision(*inputs.teaching, inputs.log_sum_exp_logits))
+    supervision = supervise(objective, Supervision(*inputs.teaching, **inputs.whole(settings)))
     call = LossCall(objective, Vocabulary(inputs.logits.shape[-1]), "triton")
     weight = jnp.asarray(inputs.weight)
 
@@ -86,21 +92,40 @@ def check(inputs: Inputs, settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("i", "j"), GRID)
 def test_settings(i: int, j: int) -> None:
-    settings, dtype = SETTINGS[i], DTYPES[(i + j) % 3]
-    # With a ghost tail, a mass above 1 is clamped; see test_clamped_tail.
-    traits = {} if settings.get("tail") == "ghost" and "duplicates" in TRAITS[j] else TRAITS[j]
-    check(make_inputs(i + j, (1, 5, 61, 7), getattr(ml_dtypes, dtype, dtype), **traits), settings)
+    dtype = DTYPES[(i + j) % 3]
+    check(make_inputs(i + j, (1, 5, 61, 7), getattr(ml_dtypes, dtype, dtype), **TRAITS[j]), SETTINGS[i])
 
 
 @pytest.mark.parametrize("kd_loss", ["fwd_kl", "bwd_kl", "jsd"])
-def test_clamped_tail(kd_loss: str) -> None:
-    """A student's mass on the top-k above 1, by duplicate ids, leaves a tail of 2^-23 without a derivative."""
-    inputs = make_inputs(18, (1, 5, 61, 4))
-    inputs.topk_token_ids[..., 2:] = inputs.topk_token_ids[..., :2]
-    for at in np.ndindex(1, 5):
-        inputs.logits[at][inputs.topk_token_ids[at]] += 20
-    inputs.log_sum_exp_logits += 1
-    check(inputs, {"kd_loss": kd_loss, "tail": "ghost"})
+@pytest.mark.parametrize("gap", [20, 70, 1000])
+def test_vanishing_tail(kd_loss: str, gap: int) -> None:
+    """A student's tail of any mass, even below float32's smallest number, is summed exactly, duplicate ids or not."""
+    inputs = vanishing_tail(make_inputs(18, (1, 5, 61, 4)), gap)
+    check(inputs, {"kd_loss": kd_loss, "tail": "ghost", "sft_loss_weight": 0.4})
+
+
+def test_no_tail() -> None:
+    """Where every id is taught, or all others are impossible, there is no bucket for the rest."""
+    inputs = make_inputs(19, (1, 3, 7, 7))
+    check(inputs, {"tail": "ghost", "sft_loss_weight": 0.4})
+    inputs = make_inputs(19, (1, 3, 7, 4))
+    inputs.labels = inputs.topk_token_ids[..., 0].copy()
+    possible = np.take_along_axis(inputs.logits, inputs.topk_token_ids, axis=-1)
+    impossible = np.full_like(inputs.logits, -np.inf)
+    np.put_along_axis(impossible, inputs.topk_token_ids, possible, axis=-1)
+    inputs.logits = impossible
+    (_, kd, _), gradient = losses_and_gradient(inputs, {"tail": "ghost", "sft_loss_weight": 0.4})
+    assert np.isfinite(kd).all()
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_label_tail(inside: bool) -> None:
+    """The label lies among the entries, more than once, or not."""
+    inputs = make_inputs(20, (1, 5, 61, 4), duplicates=True)
+    free = [np.setdiff1d(np.arange(61), ids)[3] for ids in inputs.topk_token_ids[0]]
+    inputs.labels[0] = inputs.topk_token_ids[0, :, 1] if inside else free
+    check(inputs, {"tail": "label"})
 
 
 @pytest.mark.parametrize(("v", "k"), VOCABULARIES)
@@ -131,18 +156,27 @@ def problem(n: int, v: int, k: int, settings: dict[str, Any], dtype: Any = "floa
     return objective, Rows(jnp.asarray(inputs.logits[0]), columns.at[1].set(v)), supervision
 
 
-def test_picks_as_xla_does() -> None:
+@pytest.mark.parametrize("settings", [PLAIN, EVERYTHING])
+def test_picks_as_xla_does(settings: dict[str, Any]) -> None:
     """Picked logits are bit-identical, NaN where there is no column; the rest is None unless asked for."""
-    objective, rows, supervision = problem(7, 61, 5, EVERYTHING)
+    objective, rows, supervision = problem(7, 61, 5, settings)
     theirs = xla.sweep(objective, rows, log_sum=True).picked
-    ours, kd, _ = kernels.sweep(objective, rows, log_sum=True)
+    ours, kd, _, without_entries = kernels.sweep(objective, rows, log_sum=True)
     assert kd is None
     assert np.isnan(ours.topk[1]).all()
     assert np.isnan(ours.label[1])
-    for mine, its in zip(ours[:3], theirs[:3], strict=True):
-        np.testing.assert_array_equal(mine, its)
-    np.testing.assert_allclose(ours.log_sum, theirs.log_sum, rtol=1e-6)
-    ours, kd, _ = kernels.sweep(Objective(), rows, log_sum=False, supervision=supervision)
+    for name, mine, its in zip(ours._fields, ours, theirs, strict=True):
+        if its is None:
+            assert mine is None, name
+        else:
+            np.testing.assert_allclose(mine, its, rtol=1e-6 if "log_sum" in name else 0, err_msg=name)
+    if objective.ghost:  # the entries and nothing else are gone
+        entries = jnp.where(rows.columns == 61, 61, rows.columns)[:, :-1]
+        blank = rows.logits.at[jnp.arange(7)[:, None], entries].set(-jnp.inf, mode="drop")
+        np.testing.assert_array_equal(without_entries, blank)
+    else:
+        assert without_entries is None
+    ours, kd, _, _ = kernels.sweep(Objective(), rows, log_sum=False, supervision=supervision)
     np.testing.assert_array_equal(ours.topk, theirs.topk)
     assert kd is not None
     assert ours.row_max is None
@@ -151,24 +185,28 @@ def test_picks_as_xla_does() -> None:
 
 @pytest.mark.parametrize("n_valid", [0, 1, 40, 61])
 @pytest.mark.parametrize("small", [False, True])
-def test_padding(n_valid: int, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("settings", [PLAIN, EVERYTHING])
+def test_padding(settings: dict[str, Any], n_valid: int, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding affects no maximum and no sum, whatever it holds, and has no gradient."""
     if small:
         shrink(monkeypatch)
-    objective, (logits, columns, _), supervision = problem(7, 61, 5, EVERYTHING)
+    objective, (logits, columns, _), supervision = problem(7, 61, 5, settings)
     columns = jnp.where(columns < n_valid, columns, 61)
     padded = Rows(logits.at[:, n_valid:].set(1e30), columns, jnp.asarray(n_valid))
-    ours = kernels.sweep(objective, padded, log_sum=True).picked
+    ours, _, _, without_entries = kernels.sweep(objective, padded, log_sum=True)
     if n_valid == 0:
-        np.testing.assert_array_equal(ours.row_max, -np.inf)
-        np.testing.assert_array_equal(ours.log_sum, -np.inf)
-        ours = ours._replace(row_max=jnp.full(7, 3.0), log_sum=jnp.full(7, 2.0))  # as if from the other shards
+        (_, largest), (_, log_sum) = [(name, x) for name, x in ours._asdict().items() if x is not None][2:]
+        np.testing.assert_array_equal(largest, -np.inf)
+        np.testing.assert_array_equal(log_sum, -np.inf)
     else:
         valid = Rows(logits[:, :n_valid], jnp.minimum(columns, n_valid))
         theirs = kernels.sweep(objective, valid, log_sum=True).picked
-        for mine, its in zip(ours, theirs, strict=True):
+        for mine, its in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_allclose(mine, its, rtol=1e-6)
     ones = jnp.ones(7)
+    elsewhere = [3.0, 2.0, 2.5, 1.0] if objective.ghost else [3.0, 2.0]  # as if from the other shards
+    ours = Picked(ours.topk, ours.label, *(jnp.full(7, x) for x in elsewhere))
+    padded = padded if without_entries is None else padded._replace(logits=without_entries)
     ct = kernels.spread(objective, padded, ours, supervision, ones, ones, dtype=jnp.float32)
     np.testing.assert_array_equal(ct[:, n_valid:], 0)
     truth = xla.spread(objective, Rows(logits, columns), ours, supervision, ones, ones, dtype=jnp.float32)
@@ -176,7 +214,7 @@ def test_padding(n_valid: int, small: bool, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_rows_without_a_finite_logit() -> None:
-    objective, rows, _ = problem(3, 17, 4, EVERYTHING)
+    objective, rows, _ = problem(3, 17, 4, PLAIN)
     logits = rows.logits.at[1].set(-jnp.inf).at[2, :5].set(-jnp.inf)
     picked = kernels.sweep(objective, rows._replace(logits=logits), log_sum=True).picked
     assert picked.row_max is not None
@@ -197,7 +235,7 @@ def test_impossible_tokens() -> None:
 
 def test_gradient_dtype() -> None:
     """The float16 gradient of float32 logits is rounded once, from float32."""
-    objective, rows, supervision = problem(5, 61, 4, EVERYTHING)
+    objective, rows, supervision = problem(5, 61, 4, PLAIN)
     picked = kernels.sweep(objective, rows, log_sum=True).picked
     ones = jnp.ones(5)
     narrow, wide = (
@@ -241,20 +279,29 @@ class Traffic:
 
 
 @pytest.mark.parametrize("small", [False, True])
-def test_three_passes(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each logit is read once forward, read and written once backward; otherwise only taught logits are touched."""
+@pytest.mark.parametrize("settings", [PLAIN, EVERYTHING])
+def test_three_passes(settings: dict[str, Any], small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each logit is read once forward, read and written once backward; otherwise only taught logits are touched.
+
+    The ghost's entries are written forward too.
+    """
     traffic = Traffic(interpreter._interpreter)
     monkeypatch.setattr(interpreter, "_interpreter", traffic)
     if small:
         shrink(monkeypatch)
     n, v, k = 7, 61, 5
-    objective, rows, supervision = problem(n, v, k, EVERYTHING, "float16")
+    objective, rows, supervision = problem(n, v, k, settings, "float16")
     taught = (n - 1) * (k + 1)  # one row is taught no column
-    picked = kernels.sweep(objective, rows, log_sum=True, supervision=supervision).picked
+    for_kd = None if objective.ghost else supervision
+    picked, _, _, without_entries = kernels.sweep(objective, rows, log_sum=True, supervision=for_kd)
     assert traffic.loads["float16"] == n * v + taught
-    assert traffic.stores["float16"] == 0
+    assert traffic.stores["float16"] == ((n - 1) * k if objective.ghost else 0)
 
+    if objective.ghost:
+        picked = with_total(objective, picked, jnp.ones((n, k), bool).at[1].set(False))
+        rows = rows._replace(logits=without_entries)
     traffic.loads.clear()
+    traffic.stores.clear()
     ct = jnp.arange(n) % 2.0  # three of seven rows have a cotangent
     arguments = objective, rows, picked, supervision, ct, ct
     jax.block_until_ready(kernels.spread(*arguments, dtype=jnp.float16))

@@ -207,6 +207,7 @@ def test_teacher_statistics(config: Config) -> None:
         {"target_logits_scale": 0.7},
         {"cross_tokenizer": "rank_match"},
         {"tail": "ghost"},
+        {"tail": "label"},
         {"reduction": "nemo"},
     ],
     ids=str,
@@ -217,6 +218,58 @@ def test_every_loss_knob_changes_the_loss(config: Config, change: dict[str, Any]
     base, found = one_step(config, batch)[1]["loss"], one_step(changed(config, loss=change), batch)[1]["loss"]
     assert np.isfinite(found)
     assert abs(found - base) > 1e-4
+
+
+TWO_SHARDS = {"init_std": 0.3, "padded_vocab_size": 62}  # a vocabulary that two devices can split
+
+
+def test_label_tail_trains_as_the_specification_says(config: Config) -> None:
+    """On one device and with the vocabulary on two: the labels are read without an SFT term."""
+    batch = first_batch(config)
+    config = changed(config, model=TWO_SHARDS, loss={"sft_loss_weight": 0.0, "tail": "label"})
+    params = init_params(config.model, jax.random.key(config.train.seed))
+    logits = bind(config.model, params)(batch.tokens)[..., : config.model.vocab_size]
+    t = np.exp(batch.topk_logits - batch.log_sum_exp_logits[..., None])
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    kd = -(t * np.take_along_axis(log_p, batch.topk_token_ids, -1)).sum(-1)
+    kd -= (1 - t.sum(-1)) * np.take_along_axis(log_p, batch.labels[..., None], -1)[..., 0]
+    (state, metrics), (split, split_metrics) = one_step(config, batch), one_step(config, batch, 2, 1, 2)
+    expected = (batch.loss_mask * kd).sum() / batch.loss_mask.sum()
+    for found in (metrics, split_metrics):
+        np.testing.assert_allclose(found["kd_loss"], expected, rtol=1e-5)
+        np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+    start = Layout(config, mesh_of(1)).init_state().params
+    assert any(np.abs(a - b).max() > 1e-6 for a, b in zip(*map(jax.tree.leaves, (state.params, start)), strict=True))
+    for ours, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(split.params), strict=True):
+        np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-6)
+
+
+def test_sampled_targets_take_the_weights_of_the_batch(config: Config) -> None:
+    """Through the pipeline's microbatches, in training and validation; the teacher's entropy is estimated alike."""
+    batch = first_batch(config)
+    weights = np.random.default_rng(5).uniform(0, 0.2, batch.topk_logits.shape).astype(np.float32)
+    batch = dataclasses.replace(batch, topk_weights=weights)
+    config = changed(config, model=TWO_SHARDS, loss={"targets": "sampled"})
+    params = init_params(config.model, jax.random.key(config.train.seed))
+    logits = bind(config.model, params)(batch.tokens)[..., : config.model.vocab_size]
+    log_t = batch.topk_logits - batch.log_sum_exp_logits[..., None]
+    log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch.topk_token_ids, -1)
+    tokens = batch.loss_mask.sum()
+    expected = {
+        "kd_loss": (batch.loss_mask[..., None] * weights * (log_t - log_p)).sum() / tokens,
+        "teacher_entropy": -(batch.loss_mask[..., None] * weights * log_t).sum() / tokens,
+    }
+    layout = Layout(config, mesh_of(1))
+    judged = eval_step(layout)(layout.init_state().params, meshes.put_rows(layout.mesh, batch))
+    _, metrics = one_step(config, batch, 2, 1, 2)
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(float(judged[name].mean), value, rtol=1e-5, err_msg=name)
+    assert "teacher_topk_mass" not in metrics
+    shapes = layout.abstract_batch(batch.topk_logits.shape[-1])
+    assert shapes.topk_weights.shape == weights.shape
+    with pytest.raises(UserError, match="targets = 'sampled' needs topk_weights"):
+        one_step(config, dataclasses.replace(batch, topk_weights=None))
 
 
 def test_jsd_beta_and_implementation(config: Config) -> None:

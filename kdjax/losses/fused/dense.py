@@ -28,11 +28,12 @@ def evaluate_chunk(
     dtype = computation_dtype(hidden_CxD)
     logits_CxW = jnp.einsum("CD,WD->CW", hidden_CxD, unembed_WxD, preferred_element_type=dtype)
     rows = taught_rows(objective, vocabulary, logits_CxW, supervision)
-    for_kd = None if vocabulary.axis_names else supervision  # kd has to wait until shards are joined
-    picked, kd, exponentials = call.kernels.sweep(objective, rows, log_sum=True, supervision=for_kd, store=True)
-    picked, rows = join(objective, vocabulary, picked, rows, supervision)
-    losses = evaluate(objective, picked, supervision, kd)
-    return losses, _agreement(objective, picked, supervision), Residuals(rows, picked, exponentials)
+    for_kd = supervision if call.kd_in_sweep else None
+    swept = call.kernels.sweep(objective, rows, log_sum=True, supervision=for_kd, store=True)
+    picked = join(objective, vocabulary, swept.picked, rows, supervision)
+    losses = evaluate(objective, picked, supervision, swept.kd)
+    rows = rows if swept.without_entries is None else rows._replace(logits=swept.without_entries)
+    return losses, _agreement(objective, picked, supervision), Residuals(rows, picked, swept.exponentials)
 
 
 def differentiate_chunk(

@@ -20,8 +20,10 @@ class Rows(NamedTuple):
 class Exponentials(NamedTuple):
     """The exponentials that a sweep computed, for the spread that follows it."""
 
-    values: Float[Array, "*P W"]  # exp(logits_scale (z - row_max))
-    row_max: Float[Array, "*P"]  # over the given columns, which may be one shard of the vocabulary
+    values: Float[Array, "*P W"]  # exp(logits_scale (z - largest)); for a ghost objective 0 at the entries
+    largest: Float[
+        Array, "*P"
+    ]  # of the columns summed, which may be those of one shard of the vocabulary; -inf if none
 
 
 class Swept(NamedTuple):
@@ -30,6 +32,9 @@ class Swept(NamedTuple):
     picked: Picked
     kd: Float[Array, "*P"] | None  # None if the kernel does not evaluate it
     exponentials: Exponentials | None  # None if the kernel computes them again
+    # The logits, if the kernel has written -inf over those of the entries, to sum the tail of a ghost objective without
+    # them; `spread` takes these in place of the logits, whose memory they have.
+    without_entries: Float[Array, "*P W"] | None = None
 
 
 class RowKernels(Protocol):
@@ -47,10 +52,12 @@ class RowKernels(Protocol):
         """Returns what the objective needs of each row: the logits at the taught columns, NaN for W, and the log-sum.
 
         Args:
-          log_sum: whether to compute `row_max` and `log_sum`, for which the whole row is read. Both are -inf if no
-            logit is finite, as in a shard that is all padding.
+          log_sum: whether to compute `row_max` and `log_sum`, for which the whole row is read; for a ghost objective,
+            `tail_max` and `tail_log_sum` over the columns without an entry. They are -inf if no logit there is finite,
+            as in a shard that is all padding.
           supervision: what a GPU kernel evaluates the kd term from while it has the row. None leaves the term to the
-            caller, who must first join the shards of the vocabulary. `xla` always leaves it to the caller.
+            caller, who must first join the shards of the vocabulary. `xla` always leaves it to the caller, and so does
+            every kernel for a ghost objective.
           store: a hint that `spread` follows at once, so that keeping the exponentials may pay. Only `xla` keeps them;
             a GPU computes them again faster than it reads them.
         """
@@ -69,5 +76,5 @@ class RowKernels(Protocol):
     ) -> Float[Array, "*P W"]:
         """Returns the cotangent of the logits in `dtype`, from those of the kd and the sft term.
 
-        `picked` is that of the whole vocabulary, with the shards joined; `exponentials` is what the sweep returned.
+        `picked` is what `vocabulary.join` returned; `exponentials` is what the sweep returned.
         """

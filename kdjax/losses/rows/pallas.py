@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from kdjax.losses.closed_form import Picked, PickedCotangents, differentiate, kd_term
+from kdjax.losses.closed_form import Dense, Picked, PickedCotangents, differentiate, kd_term
 from kdjax.losses.objective import Objective, Supervision
 from kdjax.losses.platform import varying
 from kdjax.losses.rows import Exponentials, Rows, Swept
@@ -68,19 +68,24 @@ class Kernels:
         *positions, _ = rows.logits.shape
         inputs = _SweepInputs(*_with_n_valid_per_row(rows))
         if supervision is not None:
-            teacher_log_sum = supervision.log_sum_exp_logits if objective.ghost else None
-            inputs = inputs._replace(topk_logits=supervision.topk_logits, teacher_log_sum=teacher_log_sum)
+            inputs = _SweepInputs(*inputs[:3], *_teacher(objective, supervision))
         number = jax.ShapeDtypeStruct(tuple(positions), jnp.float32)
+        blanks = objective.ghost and log_sum
         outputs = _SweepOutputs(
+            without_entries=jax.ShapeDtypeStruct(rows.logits.shape, rows.logits.dtype) if blanks else None,
             topk=jax.ShapeDtypeStruct((*positions, rows.columns.shape[-1] - 1), jnp.float32),
             label=number,
-            row_max=number if log_sum else None,
+            largest=number if log_sum else None,
             log_sum=number if log_sum else None,
             kd=None if supervision is None else number,
         )
-        kernel = functools.partial(_sweep_kernel, objective)
-        *picked, kd = self._launch("kdjax_sweep", kernel, len(positions), inputs, outputs)
-        return Swept(Picked(*picked), kd, None)
+        kernel = functools.partial(_sweep_kernel, objective, self.interpret)
+        made = self._launch("kdjax_sweep", kernel, len(positions), inputs, outputs, in_place=blanks)
+        if blanks:
+            picked = Picked(made.topk, made.label, tail_max=made.largest, tail_log_sum=made.log_sum)
+        else:
+            picked = Picked(made.topk, made.label, made.largest, made.log_sum)
+        return Swept(picked, made.kd, None, made.without_entries)
 
     def spread(
         self,
@@ -102,12 +107,14 @@ class Kernels:
         assert exponentials is None
         *positions, _ = rows.logits.shape
         rows = _with_n_valid_per_row(rows)
+        topk_logits, teacher_log_sum, topk_weights = _teacher(objective, supervision)
         inputs = _SpreadInputs(
             rows.logits,
             rows.columns,
             rows.n_valid,
-            supervision.topk_logits,
-            supervision.log_sum_exp_logits if objective.ghost else None,
+            topk_logits,
+            teacher_log_sum,
+            topk_weights,
             *picked,
             kd_ct,
             sft_ct,
@@ -167,12 +174,14 @@ class _SweepInputs(NamedTuple, Generic[T]):
     n_valid: T | None  # a number
     topk_logits: T | None = None  # K
     teacher_log_sum: T | None = None  # a number
+    topk_weights: T | None = None  # K
 
 
 class _SweepOutputs(NamedTuple, Generic[T]):
+    without_entries: T | None  # W, in the logits' memory
     topk: T  # K
     label: T  # a number, like the following
-    row_max: T | None
+    largest: T | None
     log_sum: T | None
     kd: T | None
 
@@ -183,15 +192,20 @@ class _SpreadInputs(NamedTuple, Generic[T]):
     n_valid: T | None  # a number
     topk_logits: T  # K
     teacher_log_sum: T | None  # a number
+    topk_weights: T | None  # K
     topk: T  # K, the student's
     label: T  # a number, like the following
     row_max: T | None
     log_sum: T | None
+    tail_max: T | None
+    tail_log_sum: T | None
     kd_ct: T
     sft_ct: T
 
 
-def _sweep_kernel(objective: Objective, inputs: _SweepInputs[Ref], outputs: _SweepOutputs[Ref]) -> None:
+def _sweep_kernel(
+    objective: Objective, interpret: bool, inputs: _SweepInputs[Ref], outputs: _SweepOutputs[Ref]
+) -> None:
     w, k = inputs.logits.shape[0], outputs.topk.shape[0]
     entries_E = jnp.arange(pl.next_power_of_2(k), dtype=jnp.int32)
     columns_E = _load(inputs.columns, entries_E, entries_E < k, w)
@@ -202,9 +216,15 @@ def _sweep_kernel(objective: Objective, inputs: _SweepInputs[Ref], outputs: _Swe
     )
     plgpu.store(outputs.topk.at[entries_E], picked.topk, mask=entries_E < k)
     outputs.label[...] = picked.label
-    if outputs.row_max is not None and outputs.log_sum is not None:
-        row_max, log_sum = _log_sum(objective, inputs.logits, _number(inputs.n_valid))
-        outputs.row_max[...], outputs.log_sum[...] = row_max, log_sum
+    logits = inputs.logits
+    if outputs.without_entries is not None:
+        logits = outputs.without_entries
+        _barrier(interpret)  # all threads have loaded the entries
+        plgpu.store(logits.at[columns_E], jnp.full_like(picked.topk, -jnp.inf, logits.dtype), mask=columns_E < w)
+        _barrier(interpret)  # and read what others have written
+    if outputs.largest is not None and outputs.log_sum is not None:
+        row_max, log_sum = _log_sum(objective, logits, _number(inputs.n_valid))
+        outputs.largest[...], outputs.log_sum[...] = row_max, log_sum
         picked = picked._replace(row_max=row_max, log_sum=log_sum)
     if outputs.kd is not None:
         outputs.kd[...] = kd_term(objective, picked, _supervision(inputs, entries_E, columns_E))
@@ -215,19 +235,13 @@ def _spread_kernel(objective: Objective, interpret: bool, inputs: _SpreadInputs[
     entries_E = jnp.arange(pl.next_power_of_2(k), dtype=jnp.int32)
     columns_E = _load(inputs.columns, entries_E, entries_E < k, w)
     topk_E = _load(inputs.topk, entries_E, entries_E < k, jnp.nan)
-    picked = Picked(topk_E, inputs.label[...], _number(inputs.row_max), _number(inputs.log_sum))
+    log_sums = (inputs.row_max, inputs.log_sum, inputs.tail_max, inputs.tail_log_sum)
+    picked = Picked(topk_E, inputs.label[...], *map(_number, log_sums))
     supervision = _supervision(inputs, entries_E, columns_E)
     cotangents = differentiate(objective, picked, supervision, inputs.kd_ct[...], inputs.sft_ct[...])
-    dense = _Dense(objective.logits_scale, jnp.float32(0), jnp.float32(0))
-    if cotangents.log_sum is not None:
-        assert picked.row_max is not None
-        assert picked.log_sum is not None
-        factor = objective.logits_scale * cotangents.log_sum * jnp.exp(-picked.log_sum)
-        dense = _Dense(objective.logits_scale, jnp.where(cotangents.log_sum == 0, 0, factor), picked.row_max)
-    _stream(dense, None if cotangents.log_sum is None else inputs.logits, _number(inputs.n_valid), logits_ct)
-    if not interpret:  # an interpreted program has one thread, and JAX has no rule to interpret a barrier
-        plgpu.debug_barrier()  # what follows replaces what other threads have just written
-    _overwrite(dense, inputs, columns_E, cotangents, logits_ct)
+    _stream(objective.logits_scale, cotangents.elsewhere, inputs.logits, _number(inputs.n_valid), logits_ct)
+    _barrier(interpret)  # what follows replaces what other threads have just written
+    _overwrite(objective.logits_scale, inputs, columns_E, cotangents, logits_ct)
 
 
 def _supervision(
@@ -237,24 +251,28 @@ def _supervision(
     assert inputs.topk_logits is not None
     k = inputs.topk_logits.shape[0]
     topk_logits_E = _load(inputs.topk_logits, entries_E, entries_E < k, -jnp.inf)
-    return Supervision(topk_logits_E, columns_E, inputs.columns[k], _number(inputs.teacher_log_sum))
+    weights = inputs.topk_weights
+    weights_E = None if weights is None else _load(weights, entries_E, entries_E < k, 0)
+    return Supervision(topk_logits_E, columns_E, inputs.columns[k], _number(inputs.teacher_log_sum), weights_E)
 
 
-class _Dense(NamedTuple):
-    """What a column receives through the log-sum: factor exp(scale (z - row_max)), or 0 if the factor is 0."""
+def _teacher(objective: Objective, supervision: Supervision) -> tuple[Array, Array | None, Array | None]:
+    """Returns what the objective reads of the teacher: logits, logsumexp and weights."""
+    log_sum = supervision.log_sum_exp_logits if objective.needs_teacher_log_sum else None
+    return supervision.topk_logits, log_sum, supervision.topk_weights
 
-    scale: float
-    factor: Float[Array, ""]
-    row_max: Float[Array, ""]
 
-    def at(self, z: Float[Array, "*S"]) -> Float[Array, "*S"]:
-        return jnp.where(self.factor == 0, 0, self.factor * _exp(self.scale, z - self.row_max))
+def _dense_at(scale: float, dense: Dense | None, z: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """Returns what columns with the logits z receive through the logsumexps."""
+    if dense is None:
+        return jnp.zeros(z.shape, jnp.float32)
+    return jnp.where(dense.factor == 0, 0, dense.factor * _exp(scale, z - dense.centre))
 
 
 def _log_sum(
     objective: Objective, logits: Ref, n_valid: Int[Array, ""] | None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns the row_max and log_sum of `Picked`."""
+    """Returns the largest z of the row and log sum exp(scale (z - largest)), both -inf if no logit is finite."""
     scale = objective.logits_scale
 
     def step(columns_RxL: Array, mask: Array | None, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -274,16 +292,16 @@ def _log_sum(
     return jnp.where(total == 0, -jnp.inf, row_max), jnp.log(total)
 
 
-def _stream(dense: _Dense, logits: Ref | None, n_valid: Int[Array, ""] | None, logits_ct: Ref) -> None:
-    """Writes the dense part of the row, or zeros where there are no logits."""
+def _stream(scale: float, dense: Dense | None, logits: Ref, n_valid: Int[Array, ""] | None, logits_ct: Ref) -> None:
+    """Writes the dense part of the row, or zeros without reading the logits if there is none."""
 
     def step(columns_RxL: Array, mask: Array | None, carry: tuple[()]) -> tuple[()]:
         dense_RxL = jnp.zeros(columns_RxL.shape, jnp.float32)
-        if logits is not None:
+        if dense is not None:
             live = jnp.broadcast_to(dense.factor != 0, columns_RxL.shape)  # rows of zeros need not be read
             live = live if mask is None else live & mask
             z_RxL = _load(logits, columns_RxL, live, -jnp.inf)
-            dense_RxL = dense.at(_without_padding(n_valid, columns_RxL, z_RxL))
+            dense_RxL = _dense_at(scale, dense, _without_padding(n_valid, columns_RxL, z_RxL))
         plgpu.store(logits_ct.at[columns_RxL], dense_RxL.astype(logits_ct.dtype), mask=mask)
         return carry
 
@@ -291,7 +309,7 @@ def _stream(dense: _Dense, logits: Ref | None, n_valid: Int[Array, ""] | None, l
 
 
 def _overwrite(
-    dense: _Dense,
+    scale: float,
     inputs: _SpreadInputs[Ref],
     columns_E: Int[Array, "E"],
     cotangents: PickedCotangents,
@@ -307,14 +325,16 @@ def _overwrite(
         columns_J = _load(inputs.columns, entries_J, entries_J < k, w)
         z_J = _load(inputs.topk, entries_J, entries_J < k, 0)
         same_JxE = columns_J[:, None] == columns_E[None, :]
-        value_J = dense.at(z_J) + jnp.where(same_JxE, cotangents.topk[None, :], 0).sum(axis=1)
+        value_J = _dense_at(scale, cotangents.at_topk, z_J) + jnp.where(same_JxE, cotangents.topk[None, :], 0).sum(
+            axis=1
+        )
         value_J += jnp.where(columns_J == label_column, cotangents.label, 0)
         plgpu.store(logits_ct.at[columns_J], value_J.astype(dtype), mask=columns_J < w)
         return carry
 
     jax.lax.fori_loop(np.int32(0), np.int32(pl.cdiv(k, j)), step, ())
     alone = (label_column < w) & (jnp.where(columns_E == label_column, 1, 0).max() == 0)
-    value = dense.at(inputs.label[...]) + cotangents.label
+    value = _dense_at(scale, cotangents.elsewhere, inputs.label[...]) + cotangents.label
     plgpu.store(logits_ct.at[label_column], value.astype(dtype), mask=alone)
 
 
@@ -358,6 +378,12 @@ def _without_padding(n_valid: Int[Array, ""] | None, columns: Int[Array, "*S"], 
 def _load(ref: Ref, at: Int[Array, "*S"], mask: Bool[Array, "*S"] | None, fill: float) -> Array:
     """Returns the elements at these places, `fill` where the mask is False."""
     return plgpu.load(ref.at[at], mask=mask, other=None if mask is None else fill)
+
+
+def _barrier(interpret: bool) -> None:
+    """Makes the threads of a program wait for each other and see what they have written."""
+    if not interpret:  # an interpreted program has one thread, and JAX has no rule to interpret a barrier
+        plgpu.debug_barrier()
 
 
 def _number(ref: Ref | None) -> Array | None:

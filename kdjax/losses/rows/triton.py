@@ -49,19 +49,26 @@ def sweep(
     del store  # recomputed instead
     *positions, w = rows.logits.shape
     number = jax.ShapeDtypeStruct(tuple(positions), jnp.float32)
-    topk, label, row_max, row_log_sum, kd = _launch(
+    blanks = objective.ghost and log_sum
+    topk, label, largest, row_log_sum, kd, without_entries = _launch(
         triton_kernels.sweep,
         rows,
         _teacher(objective, supervision),
-        [jax.ShapeDtypeStruct((*positions, rows.columns.shape[-1] - 1), jnp.float32), number, number, number, number],
-        input_output_aliases={},
+        [
+            jax.ShapeDtypeStruct((*positions, rows.columns.shape[-1] - 1), jnp.float32),
+            *[number] * 4,
+            jax.ShapeDtypeStruct(rows.logits.shape, rows.logits.dtype) if blanks else number,
+        ],
+        input_output_aliases={0: 5} if blanks else {},
         OBJECTIVE=_static(objective),
         R=READS,
         L=min(READ_BYTES // rows.logits.dtype.itemsize, _power_of_two(w)),
         LOG_SUM=log_sum,
         TAUGHT=supervision is not None,
     )
-    picked = Picked(topk, label, row_max, row_log_sum) if log_sum else Picked(topk, label)
+    if blanks:
+        return Swept(Picked(topk, label, tail_max=largest, tail_log_sum=row_log_sum), None, None, without_entries)
+    picked = Picked(topk, label, largest, row_log_sum) if log_sum else Picked(topk, label)
     return Swept(picked, None if supervision is None else kd, None)
 
 
@@ -108,11 +115,12 @@ def _static(objective: Objective) -> Objective:
     )
 
 
-def _teacher(objective: Objective, supervision: Supervision | None) -> tuple[Array | None, Array | None]:
-    """Returns what the kernels read of the supervision: the teacher's logits and, for a ghost tail, its logsumexp."""
+def _teacher(objective: Objective, supervision: Supervision | None) -> tuple[Array | None, ...]:
+    """Returns what the kernels read of the supervision: the teacher's logits, its logsumexp, and the weights."""
     if supervision is None:
-        return None, None
-    return supervision.topk_logits, supervision.log_sum_exp_logits if objective.ghost else None
+        return None, None, None
+    log_sum = supervision.log_sum_exp_logits if objective.needs_teacher_log_sum else None
+    return supervision.topk_logits, log_sum, supervision.topk_weights
 
 
 def _launch(

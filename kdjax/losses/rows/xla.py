@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kdjax.losses.closed_form import Picked, differentiate
+from kdjax.losses.closed_form import Dense, Picked, differentiate
 from kdjax.losses.objective import Objective, Supervision, computation_dtype
 from kdjax.losses.platform import platform
 from kdjax.losses.rows import Exponentials, Rows, Swept
@@ -29,14 +29,21 @@ def sweep(
     if not log_sum:
         return Swept(picked, None, None)
     logits = _without_padding(rows)
-    row_max = logits.max(axis=-1).astype(taught.dtype)
-    centre = jnp.where(row_max == -jnp.inf, 0, row_max)  # a shard's row may hold nothing but padding
+    if objective.ghost:  # the tail by itself: as the rest of a sum over all, a small one would be rounded away
+        # -inf, computed from what it overwrites: XLA then reads that first and needs no copy of the logits.
+        nothing = jnp.minimum(picked.topk, -jnp.inf)
+        logits = _overwrite(logits, rows.columns[..., :-1], nothing.astype(logits.dtype))
+    largest = logits.max(axis=-1).astype(taught.dtype)
+    centre = jnp.where(largest == -jnp.inf, 0, largest)  # a shard's row may hold nothing but padding
     exponentials = _exponentiate(objective, logits, centre)
     if store and platform() == "cpu":
         exponentials = jax.lax.optimization_barrier(exponentials)
     log_sum_exp = jnp.log(exponentials.sum(axis=-1))
-    picked = picked._replace(row_max=row_max, log_sum=log_sum_exp)
-    return Swept(picked, None, Exponentials(exponentials, row_max))
+    if objective.ghost:
+        picked = picked._replace(tail_max=largest, tail_log_sum=log_sum_exp)
+    else:
+        picked = picked._replace(row_max=largest, log_sum=log_sum_exp)
+    return Swept(picked, None, Exponentials(exponentials, largest))
 
 
 def spread(
@@ -52,26 +59,32 @@ def spread(
 ) -> Float[Array, "*P W"]:
     """Implements `RowKernels.spread`."""
     columns = rows.columns
-    topk_ct, label_ct, log_sum_ct = differentiate(objective, picked, supervision, kd_ct, sft_ct)
+    topk_ct, label_ct, at_topk, elsewhere = differentiate(objective, picked, supervision, kd_ct, sft_ct)
     columns_ct = jnp.concatenate([topk_ct, label_ct[..., None]], axis=-1)
     same_column = columns[..., :, None] == columns[..., None, :]
     taught_ct = jnp.where(same_column, columns_ct[..., None, :], 0).sum(axis=-1)
-    if log_sum_ct is None:
+    if at_topk is None or elsewhere is None:
         return _overwrite(jnp.zeros_like(rows.logits, dtype), columns, taught_ct.astype(dtype))
-    assert picked.row_max is not None
-    assert picked.log_sum is not None
-    # Each column receives through the log-sum this factor of its row times its exponential.
-    factor = (objective.logits_scale * log_sum_ct * jnp.exp(-picked.log_sum))[..., None]
-    factor = jnp.where(log_sum_ct[..., None] == 0, 0, factor)
-    taught = jnp.concatenate([picked.topk, picked.label[..., None]], axis=-1)
-    taught_ct += jnp.where(factor == 0, 0, factor * _exponentiate(objective, taught, picked.row_max))
-    if exponentials is None:
-        values = _exponentiate(objective, _without_padding(rows), picked.row_max)
-    else:  # relative to the maximum of this shard's columns
-        values = exponentials.values
-        factor *= _exponentiate(objective, exponentials.row_max[..., None], picked.row_max)
-    dense_ct = jnp.where(factor == 0, 0, factor * values)
+    label = picked.label[..., None]
+    label_has_entry = same_column[..., -1:, :-1].any(axis=-1)
+    label_part = jnp.where(label_has_entry, _dense(objective, at_topk, label), _dense(objective, elsewhere, label))
+    taught_ct += jnp.concatenate([_dense(objective, at_topk, picked.topk), label_part], axis=-1)
+    if exponentials is None:  # those of the entries, which are not in the tail, may be infinite: they are overwritten
+        dense_ct = _dense(objective, elsewhere, _without_padding(rows))
+    else:
+        factor = elsewhere.factor * _exponentiate(objective, exponentials.largest[..., None], elsewhere.centre)[..., 0]
+        dense_ct = _times(factor[..., None], exponentials.values)
     return _overwrite(dense_ct.astype(dtype), columns, taught_ct.astype(dtype))
+
+
+def _dense(objective: Objective, dense: Dense, logits: Float[Array, "*P W"]) -> Float[Array, "*P W"]:
+    """Returns what columns of these logits receive through the logsumexps."""
+    return _times(dense.factor[..., None], _exponentiate(objective, logits, dense.centre))
+
+
+def _times(factor: Float[Array, "*P 1"], values: Float[Array, "*P W"]) -> Float[Array, "*P W"]:
+    """Returns the products, 0 where the factor is 0, whatever the value is."""
+    return jnp.where(factor == 0, 0, factor * values)
 
 
 def _without_padding(rows: Rows) -> Float[Array, "*P W"]:
@@ -81,14 +94,14 @@ def _without_padding(rows: Rows) -> Float[Array, "*P W"]:
 
 
 def _exponentiate(
-    objective: Objective, logits: Float[Array, "*P W"], row_max: Float[Array, "*P"]
+    objective: Objective, logits: Float[Array, "*P W"], centre: Float[Array, "*P"]
 ) -> Float[Array, "*P W"]:
-    """Returns exp(logits_scale (z - row_max)); the log of its sum over a row is the row's log-sum."""
-    return jnp.exp(objective.logits_scale * (logits.astype(row_max.dtype) - row_max[..., None]))
+    """Returns exp(logits_scale (z - centre)); the log of its sum over a row is the row's log-sum."""
+    return jnp.exp(objective.logits_scale * (logits.astype(centre.dtype) - centre[..., None]))
 
 
 def _overwrite(
-    dense: Float[Array, "*P W"], columns: Int[Array, "*P K+1"], values: Float[Array, "*P K+1"]
+    dense: Float[Array, "*P W"], columns: Int[Array, "*P C"], values: Float[Array, "*P C"]
 ) -> Float[Array, "*P W"]:
     """Returns `dense` with `values` at these columns, of which W is dropped; equal columns must have equal values."""
     dtype = dense.dtype
