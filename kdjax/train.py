@@ -203,6 +203,7 @@ def _open(config: Config, data: DataConfig, paths: tuple[str, ...]) -> Dataset:
         target_logits_scale=config.loss.target_logits_scale,
         need_log_sum_exp=Objective.from_settings(config.loss).needs_teacher_log_sum,
         ignore_teacher_ids=config.loss.cross_tokenizer is not None,
+        targets=config.loss.targets,
     )
 
 

@@ -125,7 +125,7 @@ def _check_train(config: Config) -> None:
 
 
 def _check_loss(config: Config) -> None:
-    objective = Objective.from_settings(config.loss)
+    objective = Objective.for_records(config.loss)
     objective.check("loss.")
     if config.loss.implementation is not None:
         check_implementation(config.loss.implementation, objective, prefix="loss.")

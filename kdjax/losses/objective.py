@@ -46,6 +46,18 @@ class Objective:
         """Returns the objective that the attributes of these names describe, such as those of a `LossConfig`."""
         return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)})
 
+    @classmethod
+    def for_records(cls, settings: object) -> "Objective":
+        """Returns `from_settings` for records as training reads them.
+
+        Where the loss reads the logsumexp of the teacher's logits, the records' logits are multiplied by
+        `target_logits_scale` already, because the logsumexp belongs to the product.
+        """
+        objective = cls.from_settings(settings)
+        if objective.needs_teacher_log_sum and not objective.sampled:
+            return dataclasses.replace(objective, target_logits_scale=1.0)
+        return objective
+
     @property
     def rank_match(self) -> bool:
         """Whether the student's K largest logits are compared with the teacher's by rank instead of by id."""

@@ -24,7 +24,7 @@ class Head:
     @functools.cached_property
     def objective(self) -> Objective:
         """What `config.loss` minimises."""
-        return Objective.from_settings(self.layout.config.loss)
+        return Objective.for_records(self.layout.config.loss)
 
     def train(self, shared: Params, y: jax.Array, batch: Batch) -> tuple[jax.Array, Sums]:
         """Returns the microbatch's share of what is minimised and its sums.
@@ -82,7 +82,7 @@ class Head:
             assert batch.topk_weights is not None
             log_p_BxTxK, p_BxTxK = batch.topk_logits - batch.log_sum_exp_logits[..., None], batch.topk_weights
         else:
-            scale = self.layout.config.loss.target_logits_scale
+            scale = self.objective.target_logits_scale
             log_p_BxTxK = jax.nn.log_softmax(scale * batch.topk_logits.astype(jnp.float32))
             p_BxTxK = jnp.exp(log_p_BxTxK)
         return -jnp.sum(jnp.where(jnp.isneginf(log_p_BxTxK), 0, p_BxTxK * log_p_BxTxK), axis=-1)
