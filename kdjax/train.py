@@ -202,6 +202,7 @@ def _open(config: Config, data: DataConfig, paths: tuple[str, ...]) -> Dataset:
         tokenizer_sha256=model.tokenizer_sha256,
         target_logits_scale=config.loss.target_logits_scale,
         need_log_sum_exp=Objective.from_settings(config.loss).needs_teacher_log_sum,
+        targets=config.loss.targets,
         ignore_teacher_ids=config.loss.cross_tokenizer is not None,
         targets=config.loss.targets,
     )
