@@ -204,7 +204,6 @@ def _open(config: Config, data: DataConfig, paths: tuple[str, ...]) -> Dataset:
         need_log_sum_exp=Objective.from_settings(config.loss).needs_teacher_log_sum,
         targets=config.loss.targets,
         ignore_teacher_ids=config.loss.cross_tokenizer is not None,
-        targets=config.loss.targets,
     )
 
 

@@ -61,8 +61,8 @@ def _check(record: Record, requirements: Requirements) -> tuple[Record, Findings
     _require_range(record.labels, unmasked_S, requirements.vocab_size, "labels")
     if requirements.need_log_sum_exp and record.log_sum_exp_logits is None and data.kind == "logits":
         raise RecordError(
-            "no field log_sum_exp_logits, which loss.tail = 'ghost' needs; cache the teacher's logits with it, or set "
-            "loss.tail=renormalize"
+            "no field log_sum_exp_logits, which loss.tail = 'ghost' and 'label' need; cache the teacher's logits with "
+            "it, or set loss.tail=renormalize"
         )
     logits_SxK, ids_SxK = _entries(record, unmasked_S, requirements)
     logits_SxK, lse_S = _as_logits(logits_SxK, record.log_sum_exp_logits, unmasked_S, requirements)

@@ -117,6 +117,44 @@ def test_sampled_targets_are_not_read_from_json(records: Path) -> None:
         open_dataset((str(records / "train.jsonl"),), DataConfig(sequence_length=12), vocab_size=61, targets="sampled")
 
 
+def test_json_has_the_logsumexp_of_the_unscaled_logits_only(records: Path) -> None:
+    with pytest.raises(UserError, match=r"belongs to the unscaled logits.*target_logits_scale = 0.5; set it to 1"):
+        open_dataset(
+            (str(records / "train.jsonl"),),
+            DataConfig(sequence_length=12),
+            vocab_size=61,
+            target_logits_scale=0.5,
+            need_log_sum_exp=True,
+        )
+
+
+def test_training_with_label_tails_and_draws_learns(teacher: Path, prose: Path, tmp_path: Path) -> None:
+    """A student of a small teacher follows it more closely after a few steps, whatever the targets."""
+    build(teacher, tmp_path / "topk", prose, temperature=2.0)
+    build(teacher, tmp_path / "hybrid", prose, targets="hybrid", draws=6, top_k=4)
+    settings: dict[str, dict[str, Any]] = {
+        "label": {"loss__tail": "label"},
+        "warm": {"loss__tail": "ghost", "loss__target_logits_scale": 0.5, "loss__logits_scale": 0.5},
+        "sampled": {"loss__targets": "sampled"},
+    }
+    for name, changes in settings.items():
+        path = str(tmp_path / ("hybrid" if name == "sampled" else "topk"))
+        config = configs.replace(
+            toy_problem.config(tmp_path),
+            model__vocab_size=300,
+            data__train=(path,),
+            data__val=(path,),
+            data__sequence_length=32,
+            train__steps=30,
+            train__val_every=30,
+            train__save_every=30,
+            **changes,
+        )
+        train.run(config, tmp_path / f"run_{name}", devices=jax.devices()[:1])
+        first, last = (line["kd_loss"] for line in losses(tmp_path / f"run_{name}") if line["split"] == "val")
+        assert last < 0.9 * first, (name, first, last)
+
+
 def test_a_damaged_record_is_refused_or_left_out(records: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(records / "train.quantised", tmp_path / "c"))
     shard = path / "shard-00000.arrayrecord"

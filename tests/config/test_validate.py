@@ -152,8 +152,8 @@ def test_shares() -> None:
         ),
         ({"loss__jsd_beta": 1.0}, r"loss.jsd_beta = 1.0 .*strictly between 0 and 1"),
         (
-            {"loss__tail": "ghost", "loss__target_logits_scale": 0.5},
-            r"loss.target_logits_scale = 0.5 .*loss.tail = 'ghost'.*logsumexp.*set loss.target_logits_scale = 1",
+            {"loss__targets": "sampled", "loss__target_logits_scale": 0.5},
+            r"loss.target_logits_scale = 0.5 .*loss.targets = 'sampled'.*drawn.*set loss.target_logits_scale = 1",
         ),
         ({"loss__tail": "label", "loss__kd_loss": "jsd"}, r"loss.kd_loss = 'jsd' .*loss.tail = 'label'.*'fwd_kl'"),
         (

@@ -247,7 +247,7 @@ def test_normalised_kinds_become_logits_whose_logsumexp_is_0(kind):
 
 def test_logits_without_a_needed_logsumexp_are_refused():
     message = refusal(make_record(3, log_sum_exp_logits=None), need_log_sum_exp=True)
-    assert "no field log_sum_exp_logits, which loss.tail = 'ghost' needs" in message
+    assert "no field log_sum_exp_logits, which loss.tail = 'ghost' and 'label' need" in message
 
 
 def test_a_probability_of_0_is_an_absent_entry():
