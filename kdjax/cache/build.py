@@ -125,7 +125,7 @@ def build(arguments: argparse.Namespace, texts: Sequence[Path], out: Path) -> No
         done = sum(lengths) - sum(lengths[i] for number in todo for i in shards[number])
         with Progress("building", sum(lengths), "token", start=done) as progress:
             for number in todo:
-                records = _records(teacher, examples, shards[number], arguments, progress)
+                records = records_of(teacher, examples, shards[number], arguments, progress)
                 if number % jax.process_count() == jax.process_index():
                     writer.write_shard(number, records)
                 else:
@@ -350,7 +350,7 @@ def _uniforms(seed: int, number: int, length: int) -> np.ndarray:
     return ((bits >> np.uint64(40)) / 2.0**24).astype(np.float32)
 
 
-def _records(
+def records_of(
     teacher: Teacher, examples: Sequence[Example], numbers: range, arguments: argparse.Namespace, progress: Progress
 ) -> Iterator[StoredRecord]:
     """Yields the records of a shard in order."""
