@@ -24,7 +24,7 @@ import numpy as np
 from kdjax.cache.formats.foreign import Foreign, Options
 from kdjax.cache.formats.registry import FORMATS, choose, find_inputs, open_format
 from kdjax.cache.info import summarise
-from kdjax.cache.writer import CacheWriter, plan_shards, progress_of
+from kdjax.cache.writer import CacheWriter, is_complete, plan_shards, progress_of
 from kdjax.cli import Progress
 from kdjax.data.shards.manifest import CacheManifest, encode_ids
 from kdjax.data.shards.reader import Cache
@@ -68,27 +68,31 @@ def run(arguments: argparse.Namespace) -> None:
     print("\n".join(foreign.dataset.summary()))
     lengths, known = foreign.lengths, foreign.facts
     shards = plan_shards(lengths)
+    settings = {
+        "imported_from": [Path(each).name for each in inputs],
+        "data": foreign.fingerprint,
+        "format": name,
+        "values": "float32" if lossless else "quantised",
+        "vocab_size": foreign.vocab_size,
+        "teacher_temperature": known.teacher_temperature or 1.0,
+    }
+    if is_complete(arguments.out, settings):
+        print(f"{arguments.out} is complete already")
+        return
     manifest = CacheManifest(
         vocab_size=foreign.vocab_size,
         top_k=foreign.dataset.top_k,
         sequence_length=max(lengths),
-        values="float32" if lossless else "quantised",
+        values=str(settings["values"]),
         target_logits_scales=(1.0,) if foreign.dataset.has_log_sum_exp else (),
         teacher_temperature=known.teacher_temperature or 1.0,
         teacher=arguments.teacher or known.teacher,
         tokenizer_sha256=arguments.tokenizer_sha256 or known.tokenizer_sha256,
         license=arguments.license or known.license,
-        source={"imported_from": [Path(each).name for each in inputs], "format": name},
+        source=settings,
         has_label_log_probs=foreign.has_label_log_probs,
         first_ids=encode_ids(_order(foreign).first),
     )
-    settings = {
-        "data": foreign.fingerprint,
-        "format": name,
-        "values": manifest.values,
-        "vocab_size": manifest.vocab_size,
-        "teacher_temperature": manifest.teacher_temperature,
-    }
     writer = CacheWriter(arguments.out, manifest, settings)
     with Progress("importing", sum(lengths), "token", delay_s=1.0) as progress:
         for number, numbers in enumerate(shards):
