@@ -131,7 +131,6 @@ def build(arguments: argparse.Namespace, texts: Sequence[Path], out: Path) -> No
                 else:
                     for _ in records:
                         pass
-                watchdog.record_progress(f"shard {number}")
     consensus.wait_for_all("all shards are complete")
     if consensus.is_process_zero():
         writer.finish(len(shards))
@@ -336,6 +335,7 @@ class Teacher:
         self, examples: Sequence[Example], batch: Sequence[Sequence[int]], targets: Targets
     ) -> Iterator[tuple[int, Targets]]:
         host = jax.tree.map(np.asarray, targets)
+        watchdog.record_progress("a batch of text")
         for row, members in enumerate(batch):
             start = 0
             for number in members:
