@@ -24,6 +24,12 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files with slow tests first, the longest before all, so that no worker ends on a long one alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name != "test_readme.py", item.path not in slow))
+
+
 @pytest.fixture
 def compiler() -> None:
     """Skips the test where programs cannot be compiled for GPUs that are not there (extra "aot")."""

@@ -246,6 +246,7 @@ def test_without_validation(tmp_path: Path) -> None:
     assert load_model(tmp_path / "run")(np.zeros((1, 3), np.int32)).shape == (1, 3, toy.VOCAB)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
