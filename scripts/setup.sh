@@ -29,8 +29,11 @@ fi
 installed="$root/.venv/kdjax.installed.$extras"
 if [[ ! -f $installed ]]; then
     echo "setting up $root/.venv (a few minutes the first time)" >&2
-    # -qq: errors only; pip warns about each package when one of several configured indexes lacks it.
-    "$root/.venv/bin/python" -m pip install -qq --disable-pip-version-check --editable "$root${extras:+[$extras]}" >&2
+    requirement="$root${extras:+[$extras]}"
+    # uv takes a tenth of pip's time. pip takes over where uv fails, as where only pip knows the package index.
+    "$root/.venv/bin/python" -m pip install -qq --disable-pip-version-check uv >&2 &&
+        "$root/.venv/bin/uv" pip install --quiet --python "$root/.venv" --editable "$requirement" >&2 ||
+        "$root/.venv/bin/python" -m pip install -qq --disable-pip-version-check --editable "$requirement" >&2
     touch "$installed"
 fi
 echo "$root/.venv/bin/python"

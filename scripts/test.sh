@@ -7,4 +7,5 @@ cd "$here/.."
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile "$@"
+exec "$python" -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder \
+    --durations=20 "$@"

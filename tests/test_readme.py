@@ -1,20 +1,21 @@
 """The README is true: its commands exist, its links resolve, the output it shows is what the program prints."""
 
+import functools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import compiled_steps
 import numpy as np
 import pytest
 import toy_problem as toy
 from test_layers import LAYERS
 
-from kdjax import cli
+from kdjax import cli, train
 from kdjax import config as configs
 from kdjax.config import command_line
-from kdjax.train import run
 from kdjax.training import metrics
 
 ROOT = Path(__file__).parent.parent
@@ -104,14 +105,18 @@ def test_quickstart_prints_what_the_readme_shows(quickstart: tuple[Path, list[st
 
 
 @pytest.mark.slow
-def test_a_mesh_learns_what_one_device_learns(quickstart: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_a_mesh_learns_what_one_device_learns(
+    quickstart: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The quickstart's first 50 steps on pipe 2 x data 2 x tensor 2."""
+    make = functools.partial(compiled_steps.optimised_train_step, top_k=16)
+    monkeypatch.setattr(train, "make_train_step", make)
     steps, workdir = 50, tmp_path / "run"
     mesh = {"mesh__pipe": 2, "mesh__data": 2, "mesh__tensor": 2, "batch__microbatch_size": 2}
     config = configs.replace(
         configs.build(command_line.load(QUICKSTART)), **mesh, data__scratch_dir=str(tmp_path / "scratch")
     )
-    assert run(config, workdir, toy.StopAfter(steps - 1)).ended == "interrupted"
+    assert train.run(config, workdir, toy.StopAfter(steps - 1)).ended == "interrupted"
     for split, lines in (("train", steps), ("val", 2)):
         one, on_mesh = (metrics.read(directory, split)[:lines] for directory in (quickstart[0], workdir))
         assert len(on_mesh) == lines

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ from kdjax.checkpoint import load_model
 from kdjax.config import Config
 from kdjax.train import Outcome
 from kdjax.training import metrics
+from kdjax.training.layout import Layout
 from kdjax.types import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +47,7 @@ def _compile_each_step_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_train_step", compiled_steps.train_step)
         patch.setattr(train, "make_eval_step", compiled_steps.eval_step)
+        patch.setattr(Layout, "init_state", compiled_steps.init_state)
         yield
 
 
@@ -282,6 +285,7 @@ def test_without_validation(tmp_path: Path) -> None:
     assert load_model(tmp_path / "run")(np.zeros((1, 3), np.int32)).shape == (1, 3, toy.VOCAB)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -409,6 +413,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     )
     while len(metrics.read(tmp_path / "run", "train")) < 3:
         assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130, output
@@ -426,6 +431,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     )
     while len(metrics.read(tmp_path / "run", "train")) < done + 4:  # rewritten, so empty for a moment
         assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert f"resumed at step {done}" in output

@@ -81,6 +81,7 @@ def test_training_starts_from_it(saved: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(outcome.state.params["embed"], init_params(MODEL, 0)["embed"], atol=1e-9)
 
 
+@pytest.mark.slow
 def test_any_split_of_the_state_goes_on_from_any_other(tmp_path: Path) -> None:
     """From shards over two of four devices to one device, and the other way round."""
     from kdjax.train import run

@@ -14,6 +14,8 @@ from launching import ROOT, members, train, write_config
 from kdjax.distributed.cluster import HANG_EXIT_CODE
 from kdjax.distributed.failures import format_failures
 
+pytestmark = pytest.mark.slow
+
 
 def errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if re.match(r"\d\| error", line)]

@@ -139,6 +139,7 @@ def test_at_most_eight_processes_are_listed() -> None:
     assert describe_processes(list(range(1, 10)), 99) == "processes 1, 2, 3, 4, 5, 6, 7, 8, ... of 99"
 
 
+@pytest.mark.slow
 def test_a_training_run_names_the_process_that_never_joined(tmp_path: Path) -> None:
     """Each of two processes alone, through the command line, where JAX would abort without naming the other."""
     running, addresses = [], [free_address(), free_address()]

@@ -45,8 +45,7 @@ SETTINGS: list[dict[str, Any]] = [
 TRAITS: list[dict[str, Any]] = [{}, {"duplicates": True}, {"absent": True}, {"offset": 1000.0}, {"offset": -1000.0}]
 PLAIN = {"kd_loss": "jsd", "sft_loss_weight": 0.4, "logits_scale": 0.8}
 EVERYTHING = {**PLAIN, "tail": "ghost"}
-GRID = [(i, (i + j) % len(TRAITS)) for i in range(len(SETTINGS)) for j in (0, 2)]
-VOCABULARIES = [(v, k) for v in (2, 3, 17, 61, 4099) for k in {1, 4, 5, 61, 100, v % 4099} if 0 < k <= v]
+VOCABULARIES = [(v, k) for v in (2, 3, 17, 61, 4099) for k in sorted({1, 4, 5, 61, 100, v % 4099}) if 0 < k <= v]
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +89,8 @@ def check(inputs: Inputs, settings: dict[str, Any]) -> None:
     assert not np.asarray(our_gradient)[masked].any()
 
 
-@pytest.mark.parametrize(("i", "j"), GRID)
+@pytest.mark.parametrize("j", range(len(TRAITS)))
+@pytest.mark.parametrize("i", range(len(SETTINGS)))
 def test_settings(i: int, j: int) -> None:
     dtype = DTYPES[(i + j) % 3]
     check(make_inputs(i + j, (1, 5, 61, 7), getattr(ml_dtypes, dtype, dtype), **TRAITS[j]), SETTINGS[i])

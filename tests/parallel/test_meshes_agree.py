@@ -22,6 +22,8 @@ from kdjax.training.layout import Layout
 from kdjax.training.step import make_eval_step, make_train_step
 from kdjax.types import Batch
 
+pytestmark = pytest.mark.slow
+
 T, K, VOCAB = 7, 5, 61  # in 64 stored rows, so that one shard of eight holds padding
 
 LLAMA = {"layers": 16, "n_heads": 8, "n_groups": 8, "head_dim": 4, "padded_vocab_size": 64, "vocab_size": VOCAB}

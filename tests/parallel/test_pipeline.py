@@ -153,18 +153,21 @@ def temp_bytes(*args: Any, **changes: Any) -> int:
     return int(compiled(*args, **changes)[1].memory_analysis().temp_size_in_bytes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interleave", [1, 2])
 def test_memory_does_not_grow_with_microbatches(tmp_path: Path, interleave: int) -> None:
     few, many = (temp_bytes(tmp_path, m, mesh__interleave=interleave) for m in (STAGES, 4 * STAGES))
     assert many <= 1.02 * few, (few, many)
 
 
+@pytest.mark.slow
 def test_gpipe_grows_by_at_most_two_stage_inputs_a_microbatch(tmp_path: Path) -> None:
     few, many = (temp_bytes(tmp_path, m, mesh__schedule="gpipe") for m in (STAGES, 4 * STAGES))
     stage_input = 4 * T * D * 4
     assert 0.5 * stage_input < (many - few) / (3 * STAGES) <= 2 * stage_input
 
 
+@pytest.mark.slow
 def test_operations_are_those_of_the_schedule(tmp_path: Path) -> None:
     """(M + P - 1)(F + B) for the layers of a stage, B being a second forward pass and twice that; 3 M for the head."""
     microbatches = 8
@@ -178,6 +181,7 @@ def test_operations_are_those_of_the_schedule(tmp_path: Path) -> None:
     assert counted == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interleave", [1, 2])
 def test_what_a_tick_sends(tmp_path: Path, interleave: int) -> None:
     """Neighbours' values, what the vocabulary's shards tell each other, each layer's sums; no gradients, no logits."""
@@ -204,6 +208,7 @@ def test_what_a_tick_sends(tmp_path: Path, interleave: int) -> None:
         assert logits not in program.as_text()
 
 
+@pytest.mark.slow
 def test_no_gradient_travels_between_replicas_in_the_loop(tmp_path: Path) -> None:
     """Parameters are gathered before, gradients scattered after it."""
     config = toy.config(

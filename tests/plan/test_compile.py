@@ -31,6 +31,7 @@ def traced_flops(plan: Plan, layout: Layout) -> int:
     return matmul_flops(make_train_step(layout), layout.abstract_state(), layout.abstract_batch(64))
 
 
+@pytest.mark.slow
 def test_memory_and_work_shrink_as_more_devices_share_them() -> None:
     """The model's bytes by what splits them; the matmuls by the devices."""
     whole, shared = compiled(unmerged=True), compiled(mesh__fsdp=4, mesh__tensor=2)
@@ -69,6 +70,7 @@ def test_memory_and_work_shrink_as_more_devices_share_them() -> None:
     assert (whole.flags, shared.flags) == ("overlap", "overlap")
 
 
+@pytest.mark.slow
 def test_a_compiled_plan_is_printed_and_drawn(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_problem as toy
-from compiled_steps import eval_step, train_step
+from compiled_steps import eval_step, init_state, train_step
 
 from kdjax.config import Config, MeshConfig
 from kdjax.config.validate import resolve
@@ -43,7 +43,7 @@ def mesh_of(devices: int, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
 
 def one_step(config: Config, batch: Batch, *mesh_sizes: int) -> tuple[TrainState, dict[str, float]]:
     layout = Layout(config, mesh_of(*(mesh_sizes or (1,))))
-    state, metrics = train_step(layout)(layout.init_state(), meshes.put_rows(layout.mesh, batch))
+    state, metrics = train_step(layout)(init_state(layout), meshes.put_rows(layout.mesh, batch))
     return state, {name: float(value) for name, value in metrics.items()}
 
 
@@ -105,7 +105,7 @@ def test_the_update_is_the_optimisers(config: Config) -> None:
 def test_a_batch_without_tokens_changes_nothing_but_the_step(config: Config) -> None:
     batch = first_batch(config)
     empty = dataclasses.replace(batch, loss_mask=np.zeros_like(batch.loss_mask))
-    before = Layout(config, mesh_of(1)).init_state()
+    before = init_state(Layout(config, mesh_of(1)))
     state, metrics = one_step(config, empty)
     assert metrics["skipped"] == 1
     assert metrics["tokens"] == 0
@@ -117,7 +117,7 @@ def test_a_non_finite_gradient_changes_nothing_but_the_step(config: Config) -> N
     batch = first_batch(config)
     broken = batch.topk_logits.copy()
     broken[0, 2, 0] = np.nan  # an unmasked position
-    before = Layout(config, mesh_of(2)).init_state()
+    before = init_state(Layout(config, mesh_of(2)))
     state, metrics = one_step(config, dataclasses.replace(batch, topk_logits=broken), 2)
     assert metrics["skipped"] == 1
     assert np.isnan(metrics["loss"])
@@ -143,7 +143,7 @@ def test_fully_masked_rows_do_not_dilute(config: Config) -> None:
 
 def evaluate(config: Config, devices: int, global_size: int) -> dict[str, float]:
     layout = Layout(config, mesh_of(devices))
-    step, params = eval_step(layout), layout.init_state().params
+    step, params = eval_step(layout), init_state(layout).params
     data = open_dataset(config.data.val, config.data, vocab_size=config.model.vocab_size)
     total: dict[str, Any] | None = None
     for batch in eval_batches(data, config.data, global_size=global_size, max_batches=None, rows=slice(0, global_size)):
@@ -316,7 +316,7 @@ def test_gradients_are_reduced_once_a_step(config: Config) -> None:
     mesh = mesh_of(2)
     config = changed(config, batch={"microbatch_size": 1})
     batch = meshes.put_rows(mesh, first_batch(config))
-    text = make_train_step(Layout(config, mesh)).lower(Layout(config, mesh).init_state(), batch).compile().as_text()
+    text = make_train_step(Layout(config, mesh)).lower(init_state(Layout(config, mesh)), batch).compile().as_text()
     loops = [part for part in text.split("\n\n") if "region" in part.split("\n")[0] or "body" in part.split("\n")[0]]
     assert text.count(" all-reduce(") >= 1
     assert not any(" all-reduce(" in loop for loop in loops)
@@ -326,7 +326,7 @@ def test_each_device_holds_its_shards_of_the_state(config: Config) -> None:
     """Of the parameters a quarter, of the moments an eighth, each replica's; before and after a step."""
     config = changed(config, batch={"microbatch_size": 1})
     mesh, batch = mesh_of(8, fsdp=4), first_batch(config)
-    state = Layout(config, mesh).init_state()
+    state = init_state(Layout(config, mesh))
     assert config.optim.name == "adamw"
     for _ in range(2):
         for tree, share in ((state.params, 0.25), (state.opt_state, 0.125)):
@@ -341,7 +341,7 @@ def test_parameters_are_gathered_once_a_step(config: Config) -> None:
     mesh = mesh_of(4, fsdp=4)
     config = changed(config, batch={"microbatch_size": 1})
     batch = meshes.put_rows(mesh, first_batch(config))
-    text = make_train_step(Layout(config, mesh)).lower(Layout(config, mesh).init_state(), batch).compile().as_text()
+    text = make_train_step(Layout(config, mesh)).lower(init_state(Layout(config, mesh)), batch).compile().as_text()
     loops = [part for part in text.split("\n\n") if "region" in part.split("\n")[0] or "body" in part.split("\n")[0]]
     assert loops
     assert " all-gather(" in text
