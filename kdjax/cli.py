@@ -5,8 +5,9 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
@@ -14,6 +15,7 @@ COMMANDS = {  # name: module with `main(argv)`, and what it does
     "train": ("kdjax.train", "distil a student from cached teacher logits"),
     "plan": ("kdjax.plan.__main__", "memory, communication and step time of a run, before it is queued"),
     "convert": ("kdjax.convert.__main__", "Megatron, NeMo, Hugging Face and GGUF checkpoints in and out"),
+    "cache": ("kdjax.cache.__main__", "build, import, check and describe caches of teacher targets"),
     "launch": ("kdjax.launch", "start several processes of a command on this machine"),
 }
 
@@ -53,6 +55,35 @@ def stay_on_host() -> None:
 
     if not jax.config.jax_platforms:  # type: ignore[attr-defined]  # JAX makes its options at run time
         jax.config.update("jax_platforms", "cpu")
+
+
+PICTURE_SUFFIXES = (".svg", ".png")
+
+
+def check_picture_path(path: Path) -> None:
+    """Raises UserError when no picture can be written there. Call it before spending time on the contents."""
+    from kdjax.types import UserError
+
+    if path.suffix not in PICTURE_SUFFIXES:
+        raise UserError(f"--picture {path}: give a file name that ends in {' or '.join(PICTURE_SUFFIXES)}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--picture {path}: there is no directory {path.absolute().parent}")
+    pyplot()
+
+
+def pyplot() -> Any:
+    """Returns matplotlib.pyplot, which draws into files. Raises UserError if matplotlib is not installed."""
+    from kdjax.types import UserError
+
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("--picture draws with matplotlib: pip install 'kdjax[plot]'") from error
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text that can be searched, and read aloud
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
 
 
 class Progress:

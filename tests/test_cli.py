@@ -50,7 +50,7 @@ def test_the_console_script_lists_commands_without_loading_jax(monkeypatch: pyte
         assert module.startswith(f"kdjax.{name}")
     unknown = kdjax("trian")
     assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert "there is no command 'trian'; choose one of train, plan, convert, launch" in unknown.stderr
+    assert "there is no command 'trian'; choose one of train, plan, convert, cache, launch" in unknown.stderr
     assert took < 20, "it must not import JAX"
     code = "import sys, kdjax.cli; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -22,6 +22,7 @@ LAYERS = (
     "training",
     "checkpoint",
     "convert",
+    "cache",
     "plan",
     "launch",
     "train",

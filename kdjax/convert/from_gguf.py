@@ -1,10 +1,12 @@
 """Converts a GGUF file of llama.cpp's "llama" architecture to a kdjax model directory, dequantised to float32.
 
 llama.cpp's rotary embedding rotates neighbouring rows, where Hugging Face and kdjax rotate the two halves of a head, so
-the rows of query and key projections are reordered. The tokenizer is not converted: use `to-hf --tokenizer DIR`.
+the rows of query and key projections are reordered. Of tokenizers only byte-level BPE (as SmolLM's) is converted; for
+others use `to-hf --tokenizer DIR`.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ from kdjax.checkpoint.model_directory import MODEL_CONFIG
 from kdjax.config import ModelConfig
 from kdjax.convert.architecture import Stated, add_import_arguments, format_table, resolve
 from kdjax.convert.conversion import match_tensors
+from kdjax.convert.gguf_tokenizer import tokenizer_files
 from kdjax.convert.huggingface.config_json import write_architecture
 from kdjax.convert.huggingface.families import FAMILIES
 from kdjax.convert.huggingface.rules import huggingface_rules
@@ -64,7 +67,12 @@ def run(arguments: argparse.Namespace) -> None:
     path, out = arguments.source, arguments.out
     refuse_existing(out, arguments.force, MODEL_CONFIG)
     fields, stored = _read(path)
-    config, values = resolve(_read_architecture(fields, stored, path), arguments.arch)
+    tokenizer = tokenizer_files(fields)
+    stated = _read_architecture(fields, stored, path)
+    if tokenizer:
+        digest = hashlib.sha256(tokenizer["tokenizer.json"]).hexdigest()
+        stated["tokenizer_sha256"] = Stated(digest, "tokenizer.ggml")
+    config, values = resolve(stated, arguments.arch)
     print(f"{path}: {fields['general.architecture']}\n{format_table(values)}")
     _check_rope_factors(config, stored, path)
     llama = FAMILIES["llama"]
@@ -75,13 +83,14 @@ def run(arguments: argparse.Namespace) -> None:
     for token in ("bos", "eos"):
         config_json[f"{token}_token_id"] = fields.get(f"tokenizer.ggml.{token}_token_id")
     files: dict[str, Path | bytes] = {"huggingface/config.json": json.dumps(config_json, indent=2).encode()}
+    files |= {f"tokenizer/{name}": content for name, content in tokenizer.items()}
     provenance = {"format": "gguf", "source": path.name, "architecture": "llama"}
     write_model(out, conversion, provenance, files=files, force=arguments.force)
     print(f"wrote {out}: {conversion.nbytes / 1e9:.2f} GB of parameters")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """Returns the file's scalar fields and its tensors, unread, as float32."""
+    """Returns the file's fields and its tensors, unread, as float32."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError("reading GGUF files requires the gguf package: pip install 'kdjax[gguf]'")
     import gguf
@@ -92,8 +101,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, OSError) as error:
         raise UserError(f"{path} cannot be read as GGUF: {error}; copy it again") from error
-    scalars = {name: field for name, field in reader.fields.items() if len(field.data) == 1}
-    fields = {name: field.contents() for name, field in scalars.items()}
+    fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields.get("general.architecture") != "llama":
         raise UserError(
             f"{path}: general.architecture = {fields.get('general.architecture')!r}: kdjax reads only llama"

@@ -66,6 +66,19 @@ def _check(record: Record, requirements: Requirements) -> tuple[Record, Findings
         )
     logits_SxK, ids_SxK = _entries(record, unmasked_S, requirements)
     logits_SxK, lse_S = _as_logits(logits_SxK, record.log_sum_exp_logits, unmasked_S, requirements)
+    if record.topk_weights is not None:  # a cache's, each id once; their order means nothing
+        weights_SxK = np.where(unmasked_S[:, None], record.topk_weights, np.float32(0))
+        logits_SxK = np.where(weights_SxK > 0, logits_SxK, -np.inf)
+        checked = dataclasses.replace(
+            record,
+            tokens=tokens_S,
+            labels=np.where(unmasked_S, record.labels, 0),
+            topk_logits=logits_SxK,
+            topk_token_ids=ids_SxK,
+            log_sum_exp_logits=lse_S,
+            topk_weights=weights_SxK,
+        )
+        return checked, Findings()
     logits_SxK, ids_SxK, unsorted = sort_entries(logits_SxK, ids_SxK, data.strict)
     duplicates = 0
     if not requirements.ignore_teacher_ids:
@@ -78,7 +91,7 @@ def _check(record: Record, requirements: Requirements) -> tuple[Record, Findings
         np.ascontiguousarray(logits_SxK),
         np.ascontiguousarray(ids_SxK),
         lse_S,
-        record.index,
+        index=record.index,
     )
     if lse_S is None:
         return checked, Findings(unsorted, duplicates)

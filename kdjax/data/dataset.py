@@ -11,12 +11,14 @@ import numpy as np
 from kdjax.cli import Progress
 from kdjax.config import DataConfig
 from kdjax.config.validate import require_one_temperature
+from kdjax.data.cache_file import CacheFile
 from kdjax.data.checks import Requirements
-from kdjax.data.files.paths import find_sources
+from kdjax.data.files.paths import Source, find_sources
 from kdjax.data.files.scratch import open_scratch
 from kdjax.data.manifest import Manifest, compare_contents, read_manifest, require_agreement
 from kdjax.data.packing import pack_rows
 from kdjax.data.records import Record
+from kdjax.data.shards.reader import is_cache
 from kdjax.data.store import RecordFile, RecordStore, select_records
 from kdjax.data.survey import Survey, counted, describe, diagnose
 from kdjax.types import UserError
@@ -33,6 +35,7 @@ class Dataset:
     Attributes:
         top_k: teacher entries at every position of every record (K).
         has_log_sum_exp: whether every record has the teacher's logsumexp.
+        has_weights: whether the targets are sampled: each entry carries a share of the target.
         fingerprint: hex digest of the files' contents and of the knobs that decide what is read from them.
         warnings: what looked wrong in the survey, as `open_dataset` logged it; empty if nothing did.
         rows: with data.pack, the record numbers of each row; None if every record is a row.
@@ -43,6 +46,7 @@ class Dataset:
         self.data = data
         self.top_k = survey.largest_top_k  # data.top_k, if that is set
         self.has_log_sum_exp = survey.with_log_sum_exp == survey.records
+        self.has_weights = any(manifest.targets != "topk" for manifest in manifests)
         self.fingerprint = _fingerprint(store)
         self.warnings = tuple(warnings)
         self.rows = pack_rows(store.selection.lengths.tolist(), data.sequence_length) if data.pack else None
@@ -52,6 +56,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self._store)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each record."""
+        return self._store.selection.lengths.tolist()
 
     @property
     def bad_records(self) -> int:
@@ -67,7 +76,8 @@ class Dataset:
             raise IndexError(f"record {i} of {len(self)}")
         checked = self._store.read(i)
         if checked is None:
-            return _masked_record(int(self._store.selection.lengths[i]), self.top_k, self.has_log_sum_exp)
+            length = int(self._store.selection.lengths[i])
+            return _masked_record(length, self.top_k, self.has_log_sum_exp, self.has_weights)
         record, _ = checked
         if record.top_k > self.top_k:
             raise UserError(
@@ -116,6 +126,7 @@ def open_dataset(
     target_logits_scale: float = 1.0,
     need_log_sum_exp: bool = False,
     ignore_teacher_ids: bool = False,
+    targets: str = "topk",
 ) -> Dataset:
     """Finds, decompresses, indexes and surveys the records that `paths` stand for, and logs what looks wrong.
 
@@ -127,13 +138,29 @@ def open_dataset(
         target_logits_scale: the loss's, which must be 1 if the stored logits are already divided by a temperature.
         need_log_sum_exp: refuse records without the teacher's logsumexp.
         ignore_teacher_ids: the teacher has another vocabulary, so that only its values are used, by rank.
+        targets: loss.targets; "sampled" needs caches with sampled or hybrid targets.
+
+    With `need_log_sum_exp` and a `target_logits_scale` other than 1, records have logits times that scale and the
+    logsumexp that belongs to them, which only a cache can have.
 
     Raises:
         UserError: for all that can be known before the first step, with file, record, field, value and remedy.
     """
     require_one_temperature(data, target_logits_scale)
     sources = find_sources(paths, data.n_chunks)
-    manifests = [m for d in dict.fromkeys(s.path.parent for s in sources) if (m := read_manifest(d))]
+    caches = {
+        source: CacheFile(source, target_logits_scale, need_log_sum_exp) for source in sources if is_cache(source.path)
+    }
+    manifests = [cache.description() for cache in caches.values()]
+    plain = [source for source in sources if source not in caches]
+    manifests += [m for d in dict.fromkeys(source.path.parent for source in plain) if (m := read_manifest(d))]
+    _check_targets(plain, manifests, data, targets)
+    if plain and need_log_sum_exp and target_logits_scale != 1:
+        raise UserError(
+            f"{plain[0].path}: its logsumexp belongs to the unscaled logits, and the loss needs the one at "
+            f"loss.target_logits_scale = {target_logits_scale:g}; set it to 1, set loss.tail=renormalize, or use a "
+            "cache that stores it (kdjax cache build --temperature)"
+        )
     for manifest in manifests:
         require_agreement(
             manifest,
@@ -142,8 +169,10 @@ def open_dataset(
             tokenizer_sha256=tokenizer_sha256,
             ignore_teacher_ids=ignore_teacher_ids,
         )
-    scratch = open_scratch(data.scratch_dir)
-    files = [RecordFile(source, scratch, data.allow_truncated) for source in sources]
+    files = [
+        caches.get(source) or RecordFile(source, open_scratch(data.scratch_dir), data.allow_truncated)
+        for source in sources
+    ]
     selection = select_records(files, data)
     store = RecordStore(files, selection, Requirements(data, vocab_size, need_log_sum_exp, ignore_teacher_ids))
     for i in np.flatnonzero(selection.stored_lengths < 1):  # the index shows that these are damaged
@@ -160,6 +189,20 @@ def open_dataset(
     for warning in warnings:
         log.warning("%s: %s", ",".join(paths), warning)
     return Dataset(store, survey, manifests, warnings)
+
+
+def _check_targets(plain: list[Source], manifests: list[Manifest], data: DataConfig, targets: str) -> None:
+    """Raises UserError unless the records hold the targets that the loss expects."""
+    unlike = [manifest.path for manifest in manifests if (manifest.targets != "topk") != (targets == "sampled")]
+    if targets == "sampled" and (plain or unlike):
+        raise UserError(
+            f"{(unlike or [plain[0].path])[0]}: holds the teacher's top-k, and loss.targets is 'sampled'; set "
+            "loss.targets=topk, or build a cache with --targets sampled or hybrid"
+        )
+    if unlike:
+        raise UserError(f"{unlike[0]}: holds sampled targets, and loss.targets is 'topk'; set loss.targets=sampled")
+    if targets == "sampled" and data.top_k is not None:
+        raise UserError(f"data.top_k = {data.top_k}: sampled targets are used as a whole; leave it unset")
 
 
 def _take_survey(store: RecordStore) -> Survey:
@@ -189,7 +232,7 @@ def _fingerprint(store: RecordStore) -> str:
     return digest.hexdigest()
 
 
-def _masked_record(length: int, top_k: int, has_log_sum_exp: bool) -> Record:
+def _masked_record(length: int, top_k: int, has_log_sum_exp: bool, has_weights: bool) -> Record:
     """Returns a record of zeros, all masked."""
     return Record(
         np.zeros(length, np.int32),
@@ -198,4 +241,5 @@ def _masked_record(length: int, top_k: int, has_log_sum_exp: bool) -> Record:
         np.zeros((length, top_k), np.float32),
         np.zeros((length, top_k), np.int32),
         np.zeros(length, np.float32) if has_log_sum_exp else None,
+        np.zeros((length, top_k), np.float32) if has_weights else None,
     )

@@ -61,6 +61,7 @@ def _load(dataset: Dataset, numbers_B: np.ndarray) -> Batch:
         dataset.top_k,
         has_log_sum_exp=dataset.has_log_sum_exp,
         packed=dataset.rows is not None,
+        weighted=dataset.has_weights,
     )
     for row, number in enumerate(numbers_B.tolist()):
         if number < rows_in_epoch(dataset):

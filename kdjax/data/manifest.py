@@ -24,6 +24,7 @@ class Manifest:
     tokenizer_sha256: str | None = None
     top_k: int | None = None  # teacher entries stored at each position
     sequence_length: int | None = None  # positions of the longest record
+    targets: str = "topk"  # as loss.targets, or "hybrid"
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

@@ -41,7 +41,9 @@ def pack_rows(lengths: Iterable[int], sequence_length: int) -> list[tuple[int, .
     return [tuple(row) for row in rows]
 
 
-def empty_batch(rows: int, sequence_length: int, top_k: int, *, has_log_sum_exp: bool, packed: bool) -> Batch:
+def empty_batch(
+    rows: int, sequence_length: int, top_k: int, *, has_log_sum_exp: bool, packed: bool, weighted: bool = False
+) -> Batch:
     """Returns a batch of padding: all arrays are 0, so that no position counts and every value is finite."""
     shape = (rows, sequence_length)
     return Batch(
@@ -53,6 +55,7 @@ def empty_batch(rows: int, sequence_length: int, top_k: int, *, has_log_sum_exp:
         log_sum_exp_logits=np.zeros(shape, np.float32) if has_log_sum_exp else None,
         positions=np.zeros(shape, np.int32) if packed else None,
         segment_ids=np.zeros(shape, np.int32) if packed else None,
+        topk_weights=np.zeros((*shape, top_k), np.float32) if weighted else None,
     )
 
 

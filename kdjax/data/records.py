@@ -36,6 +36,7 @@ class Record:
     topk_logits: Float[np.ndarray, "S K"]  # float32; -inf where a position has fewer than K entries
     topk_token_ids: Int[np.ndarray, "S K"]  # int32; 0 where there is no entry
     log_sum_exp_logits: Float[np.ndarray, "S"] | None = None  # float32, over the teacher's whole vocabulary
+    topk_weights: Float[np.ndarray, "S K"] | None = None  # float32; sampled targets: the share that an entry carries
     index: int | None = None  # number of the example in the set that the teacher read
 
     def __len__(self) -> int:
@@ -60,6 +61,7 @@ class Record:
             self,
             topk_logits=np.pad(self.topk_logits, missing, constant_values=-np.inf),
             topk_token_ids=np.pad(self.topk_token_ids, missing),
+            topk_weights=None if self.topk_weights is None else np.pad(self.topk_weights, missing),
         )
 
 
@@ -96,7 +98,7 @@ def _to_record(fields: dict[str, Any]) -> Record:
         _floats(logits, "topk_logits", ndim=2),
         _integers(ids, "topk_token_ids", ndim=2),
         None if lse is None else _floats(lse, "log_sum_exp_logits", ndim=1),
-        fields["index"] if type(fields.get("index")) is int else None,
+        index=fields["index"] if type(fields.get("index")) is int else None,
     )
     for field in dataclasses.fields(Record)[1:-1]:
         array = getattr(record, field.name)

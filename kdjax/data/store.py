@@ -5,12 +5,14 @@ import logging
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
 from kdjax.config import DataConfig
+from kdjax.data.cache_file import CacheFile
 from kdjax.data.checks import Findings, Requirements, check
 from kdjax.data.errors import explain_os_errors
 from kdjax.data.files.decompress import decompress
@@ -41,11 +43,12 @@ class RecordFile:
             self._descriptor = os.open(plain.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
-    def read(self, number: int) -> bytes:
-        """Returns the line of record `number` (from 0)."""
+    def record(self, number: int) -> Record:
+        """Returns record `number` (from 0). Raises RecordError if its line cannot be decoded."""
         size, offset = int(self.index.sizes[number]), int(self.index.offsets[number])
         with explain_os_errors(self.where(number), "read this record"):
-            return os.pread(self._descriptor, size, offset)
+            line = os.pread(self._descriptor, size, offset)
+        return decode(line, self.where(number))
 
     def where(self, number: int) -> str:
         """Returns the file and the record, counted from 1, for messages."""
@@ -66,7 +69,7 @@ class Selection:
     superseded: int  # records whose "index" a later record of the same data path has; skipped with data.dedupe
 
 
-def select_records(files: list[RecordFile], data: DataConfig) -> Selection:
+def select_records(files: Sequence[RecordFile | CacheFile], data: DataConfig) -> Selection:
     """Applies `data.dedupe` and `data.over_long` to all records of `files`.
 
     Raises UserError if a file has no records, if a chunk does not have `data.n_examples_per_chunk`, if a record is too
@@ -107,7 +110,7 @@ def select_records(files: list[RecordFile], data: DataConfig) -> Selection:
     )
 
 
-def _require_counts(files: list[RecordFile], n_examples_per_chunk: int | None) -> None:
+def _require_counts(files: Sequence[RecordFile | CacheFile], n_examples_per_chunk: int | None) -> None:
     for file in files:
         if not len(file.index):
             raise UserError(f"{file.source.path}: holds no record; remove this file or generate it again")
@@ -119,7 +122,7 @@ def _require_counts(files: list[RecordFile], n_examples_per_chunk: int | None) -
             )
 
 
-def _superseded(files: list[RecordFile]) -> np.ndarray:
+def _superseded(files: Sequence[RecordFile | CacheFile]) -> np.ndarray:
     """Returns which of all records have an "index" that a later record of the same configured path has too."""
     index_N = np.concatenate([file.index.indices for file in files])
     entry_N = np.repeat([file.source.entry for file in files], [len(file.index) for file in files])
@@ -133,7 +136,7 @@ def _superseded(files: list[RecordFile]) -> np.ndarray:
 class RecordStore:
     """The selected records, checked when read. Skips damaged ones, up to data.max_bad_records."""
 
-    def __init__(self, files: list[RecordFile], selection: Selection, requirements: Requirements):
+    def __init__(self, files: Sequence[RecordFile | CacheFile], selection: Selection, requirements: Requirements):
         self.files = files
         self.selection = selection
         self.requirements = requirements
@@ -168,7 +171,7 @@ class RecordStore:
 
     def _read(self, i: int) -> tuple[Record, Findings]:
         where = self.where(i)
-        record = decode(self.files[self.selection.files[i]].read(self.selection.numbers[i]), where)
+        record = self.files[self.selection.files[i]].record(self.selection.numbers[i])
         if len(record) != self.selection.stored_lengths[i]:
             raise RecordError(f"{where}: has changed since the file was indexed; start the run again")
         return check(record.truncated(int(self.selection.lengths[i])), self.requirements, where)

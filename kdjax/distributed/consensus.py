@@ -26,6 +26,12 @@ def from_process_zero(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
 
 
+def wait_for_all(what: str) -> None:
+    """Waits until every process has come here; each call needs a name of its own."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def all_agree(statement: str, timeout_s: float = 60) -> bool:
     """Returns whether every process makes the same statement within that time. Make each statement only once."""
     client = jax_private.key_value_store()

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, configuration = command_line.parse(_parser(), argv)
     compile_only()
     if arguments.picture is not None:
-        plot.check_path(arguments.picture)
+        cli.check_picture_path(arguments.picture)
     config = configuration()
     attention = config.model.attention or "xla"
     if attention != "xla":

@@ -4,12 +4,12 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from kdjax import cli
 from kdjax.parallel.pipeline import Schedule
 from kdjax.plan.gpus import DEVICES_PER_HOST
 from kdjax.plan.roofline import USABLE_MEMORY, Plan
-from kdjax.types import GIB, UserError
+from kdjax.types import GIB
 
-SUFFIXES = (".svg", ".png")
 MAX_TICKS = 28  # drawn
 FORWARD, BACKWARD, IDLE, LINE = "#77aadd", "#ee8866", "#eeeeee", "#cc3311"
 # Paul Tol's "bright" and "light" schemes, which colour-blind readers can tell apart too.
@@ -17,30 +17,9 @@ MEMORY = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#bbbbbb", "#ee6677", "#aa
 TIME = {"compute": "#4477aa", "exposed communication": "#ee6677", "hidden communication": "#ccbb44"}
 
 
-def check_path(path: Path) -> None:
-    """Raises UserError when no picture can be written there. Call it before spending time on the contents."""
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"--picture {path}: give a file name that ends in {' or '.join(SUFFIXES)}")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--picture {path}: there is no directory {path.absolute().parent}")
-    _pyplot()
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("--picture draws with matplotlib: pip install 'kdjax[plot]'") from error
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text that can be searched, and read aloud
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
 def draw(plan: Plan, name: str, path: Path) -> None:
     """Writes the picture of a plan; `name` is that of its configuration."""
-    plt, piped = _pyplot(), plan.schedule.stages > 1
+    plt, piped = cli.pyplot(), plan.schedule.stages > 1
     figure = plt.figure(figsize=(12, 7.4 if piped else 4.6), layout="constrained")
     panels = figure.subplot_mosaic(
         [["memory", "time"], ["memory", "communication"], *([["ticks", "ticks"]] if piped else [])],
@@ -112,7 +91,7 @@ def _draw_communication(axes: Any, plan: Plan) -> None:
         axes.barh(row, seconds - hidden, color=TIME["exposed communication"], height=0.7)
         axes.barh(row, hidden, left=seconds - hidden, color=TIME["hidden communication"], height=0.7)
     axes.set(yticks=range(len(rows)), xlim=(0, None))
-    axes.xaxis.set_major_locator(_pyplot().MaxNLocator(5))
+    axes.xaxis.set_major_locator(cli.pyplot().MaxNLocator(5))
     axes.xaxis.set_major_formatter("{x:g} s")
     axes.set_yticklabels([label for label, _ in rows], fontsize=8)
     axes.set_title("communication, by mesh axes" if rows else "no communication", fontsize=10)
@@ -134,7 +113,7 @@ def _draw_ticks(axes: Any, schedule: Schedule, gpipe: bool) -> None:
     stages = range(schedule.stages)
     axes.set(xlim=(0, shown), ylim=(schedule.stages, 0), xlabel="tick", yticks=[stage + 0.45 for stage in stages])
     axes.set_yticklabels([f"stage {stage}" for stage in stages], fontsize=8)
-    axes.xaxis.set_major_locator(_pyplot().MultipleLocator(2))
+    axes.xaxis.set_major_locator(cli.pyplot().MultipleLocator(2))
     more = f"; the first {shown} of {last} ticks" if shown < last else ""
     axes.set_title(
         f"microbatches in the pipeline: forward above (blue), backward below (orange), idle grey; bubble "

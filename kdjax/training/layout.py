@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from kdjax.parallel.axes import BATCH_AXES, FSDP, PIPE, STATE_AXES
 from kdjax.training.optim import optimizer
 from kdjax.training.state import TrainState, first_state
 from kdjax.types import Batch
+
+Rows = TypeVar("Rows")  # a batch, or another tree of arrays with one row for each of its rows
 
 
 def pipeline_schedule(config: Config, mesh_shape: Mapping[str, int]) -> pipeline.Schedule:
@@ -134,8 +136,8 @@ class Layout:
         layers = pipeline.by_stage(params["layers"], self.mesh.shape[PIPE], self.config.mesh.interleave)
         return params | {"layers": layers}
 
-    def microbatches(self, rows: Batch) -> tuple[pipeline.Schedule, Batch]:
+    def microbatches(self, rows: Rows) -> tuple[pipeline.Schedule, Rows]:
         """Splits one device's rows [B, ...] into microbatches [M, B/M, ...]; returns their schedule too."""
         split = jax.tree.map(lambda x: x.reshape(-1, self.config.batch.microbatch_size, *x.shape[1:]), rows)
-        schedule = pipeline.Schedule(self.mesh.shape[PIPE], self.config.mesh.interleave, len(split.tokens))
+        schedule = pipeline.Schedule(self.mesh.shape[PIPE], self.config.mesh.interleave, len(jax.tree.leaves(split)[0]))
         return schedule, split

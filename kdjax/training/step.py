@@ -6,6 +6,7 @@ leaves each with its shard of the gradients, one division by the token count, an
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,11 +60,11 @@ def make_train_step(layout: Layout) -> Callable[[TrainState, Batch], tuple[Train
 def make_eval_step(layout: Layout) -> Callable[[Params, Batch], Sums]:
     """Returns the jitted evaluation of one global batch: a sum and a count for each metric, to add up over batches."""
     specs = layout.stage_param_specs
-    parts = _parts(layout, Head(layout).evaluate)
+    parts = parts_of(layout, Head(layout).evaluate)
 
     def evaluate(params: Params, rows: Batch) -> Sums:
         schedule, microbatches = layout.microbatches(rows)
-        _, sums = pipeline.losses(parts, schedule, *_gathered(layout, params, specs), microbatches)
+        _, sums = pipeline.losses(parts, schedule, *gathered(layout, params, specs), microbatches)
         return sum_over_batch_axes(sums)
 
     local = per_device(evaluate, layout.mesh, (specs, ROWS), REPLICATED)
@@ -73,12 +74,12 @@ def make_eval_step(layout: Layout) -> Callable[[Params, Batch], Sums]:
 def _make_gradient(layout: Layout) -> Callable[[Params, Batch], tuple[Params, Sums]]:
     """Returns the function (parameters, global batch) -> gradient of the loss summed over the batch, and the sums."""
     specs, grad_specs = layout.stage_param_specs, layout.stage_state_specs
-    parts = _parts(layout, Head(layout).train)
+    parts = parts_of(layout, Head(layout).train)
     differentiate = {"1f1b": pipeline.gradients, "gpipe": pipeline.gpipe_gradients}[layout.config.mesh.schedule]
 
     def gradient(params: Params, rows: Batch) -> tuple[Params, Sums]:
         schedule, microbatches = layout.microbatches(rows)
-        grads, chunk_grads, sums = differentiate(parts, schedule, *_gathered(layout, params, specs), microbatches)
+        grads, chunk_grads, sums = differentiate(parts, schedule, *gathered(layout, params, specs), microbatches)
         grads["layers"] = jax.tree.map(lambda g: jnp.expand_dims(g, 1), chunk_grads)
         return sum_to_shards(grads, grad_specs), sum_over_batch_axes(sums)
 
@@ -91,20 +92,20 @@ def _make_gradient(layout: Layout) -> Callable[[Params, Batch], tuple[Params, Su
     return of_stacked
 
 
-def _gathered(layout: Layout, params: Params, specs: dict[str, PartitionSpec]) -> tuple[Params, Params]:
+def gathered(layout: Layout, params: Params, specs: dict[str, PartitionSpec]) -> tuple[Params, Params]:
     """Returns what all stages share and this stage's layers [v, L/(vP), ...], gathered, in the dtype of the compute."""
     params = gather_params(in_compute_dtype(layout.config.model, params), specs)
     return params, jax.tree.map(lambda x: jnp.squeeze(x, 1), params.pop("layers"))
 
 
-def _parts(layout: Layout, leave: Callable[[Params, jax.Array, Batch], tuple[jax.Array, Sums]]) -> pipeline.Parts:
-    """Returns the student cut in three for the pipeline: embedding, layers, and `leave`, the head."""
+def parts_of(layout: Layout, leave: Callable[[Params, jax.Array, Any], tuple[jax.Array, Any]]) -> pipeline.Parts:
+    """Returns the model cut in three for the pipeline: embedding, layers, and `leave`, the head."""
     model, shards = layout.config.model, layout.shards
 
-    def enter(shared: Params, batch: Batch) -> jax.Array:
+    def enter(shared: Params, batch: Any) -> jax.Array:
         return bind(model, shared, shards).enter(batch.tokens, batch.positions)
 
-    def run(layers: Params, x: jax.Array, batch: Batch) -> jax.Array:
+    def run(layers: Params, x: jax.Array, batch: Any) -> jax.Array:
         return bind(model, {"layers": layers}, shards).through(x, batch.positions, batch.segment_ids)
 
     return pipeline.Parts(enter, run, leave)

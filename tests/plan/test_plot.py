@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from example_plans import config, imagined
 
+from kdjax import cli
 from kdjax.plan import plot
 from kdjax.plan.hlo import Collective, Work
 from kdjax.types import UserError
@@ -20,7 +21,7 @@ def test_a_picture(tmp_path: Path, changes: dict[str, Any]) -> None:
     sent = [Collective("all-reduce", 2**30, 3, ((0, 1),), True, Work(0, 10**9))]
     plan = imagined(config(**changes, mesh__data=2), collectives=sent)
     path = tmp_path / "a.svg"
-    plot.check_path(path)
+    cli.check_picture_path(path)
     plot.draw(plan, "gpt2b", path)
     text = path.read_text()
     for words in ("gpt2b on", "memory per device: 1.0 GiB, fits", "limit: 90%", "exposed communication"):
@@ -33,16 +34,16 @@ def test_a_picture(tmp_path: Path, changes: dict[str, Any]) -> None:
 
 
 def test_a_picture_in_pixels(tmp_path: Path) -> None:
-    plot.check_path(tmp_path / "a.png")
+    cli.check_picture_path(tmp_path / "a.png")
     plot.draw(imagined(config(), nbytes=2**37), "gpt2b", tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_picture_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"a\.gif: give a file name that ends in \.svg or \.png"):
-        plot.check_path(tmp_path / "a.gif")
+        cli.check_picture_path(tmp_path / "a.gif")
     with pytest.raises(UserError, match=r"there is no directory .*/nowhere"):
-        plot.check_path(tmp_path / "nowhere" / "a.svg")
+        cli.check_picture_path(tmp_path / "nowhere" / "a.svg")
     really = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -52,4 +53,4 @@ def test_a_picture_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"pip install 'kdjax\[plot\]'"):
-        plot.check_path(tmp_path / "a.svg")
+        cli.check_picture_path(tmp_path / "a.svg")

@@ -14,6 +14,7 @@ import stat
 from pathlib import Path
 
 from kdjax.data.errors import explain_os_errors
+from kdjax.data.shards.reader import is_cache
 from kdjax.types import UserError
 
 CHUNK_ID = "CHUNK_ID"
@@ -22,7 +23,7 @@ MANIFEST = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A record file, and how the configuration named it."""
+    """A record file or a cache, and how the configuration named it."""
 
     path: Path
     entry: int  # position in the list of configured paths
@@ -112,6 +113,8 @@ def _require_regular_file(path: Path) -> None:
             near = difflib.get_close_matches(path.name, siblings)
             raise UserError(f"{path}: no such file; {f'did you mean {near[0]}?' if near else 'check the path'}")
         mode = path.stat().st_mode
+        if is_cache(path):
+            return
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(mode):

@@ -1,0 +1,1 @@
+"""Caches of teacher targets: building them with a teacher, importing, checking and describing them."""
