@@ -160,9 +160,9 @@ def teacher_losses(
     z_top = jnp.take_along_axis(z_BxTxV, jnp.argmax(t_BxTxV, axis=-1, keepdims=True), axis=-1)[..., 0]
     agrees = jnp.where(z_top >= z_BxTxV.max(axis=-1), 1.0, 0.0)
     entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-    terms = (loss, *jax.lax.stop_gradient((kd, sft)), jnp.ones_like(loss), agrees, entropy)
-    *first, total_entropy = (jnp.where(weight == 0, 0, weight * term).sum() for term in terms)
-    return LossSums(*first, None, total_entropy)
+    kd, sft = jax.lax.stop_gradient((kd, sft))
+    terms = LossSums(loss, kd, sft, jnp.ones_like(loss), agrees, None, entropy)
+    return jax.tree.map(lambda term: jnp.where(weight == 0, 0, weight * term).sum(), terms)
 
 
 def logits_at(logits_V: Float[Array, "*P V"], ids_K: Int[Array, "*P K"]) -> Float[Array, "*P K"]:

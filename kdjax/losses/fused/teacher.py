@@ -9,8 +9,8 @@ logits times their scales, s = logits_scale, q = softmax(z), p = softmax(t) and 
     jsd     kd = b KL(p | m) + (1 - b) KL(q | m)            dkd/dlogit = s (1 - b) q (log q - log m - KL(q | m))
 
 These are derivatives of the whole sums, through q's normalisation: for a kd whose derivative by q_v is g_v it is
-s q_v (g_v - sum_u q_u g_u). The divergences are those of Lin (1991), "Divergence measures based on the Shannon entropy",
-and of Gu et al., "MiniLLM" (arXiv:2306.08543), which compares the first two.
+s q_v (g_v - sum_u q_u g_u). Lin, "Divergence measures based on the Shannon entropy" (1991), has
+the last divergence; Gu et al., "MiniLLM" (arXiv:2306.08543), compare the first two.
 
 A shard of the vocabulary holds the same token ids of both sides. What the shards exchange for a position is, in one
 all-reduce, both log-sums with their maxima, the student's logits at the label and at the teacher's largest; and in a
