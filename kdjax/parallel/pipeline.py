@@ -26,7 +26,7 @@ microbatch. Each device handles its part of the vocabulary, so that no stage wai
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -162,11 +162,11 @@ def outputs(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microbat
         return collectives.send_forward(y, schedule.is_ring), found
 
     entering, both, _ = schedule.phases
-    received, found = jnp.zeros(stage.x.shape, stage.x.dtype), None
-    for ticks, leaves in ((entering, False), (both, True)):
-        body = functools.partial(tick, leaves=leaves)
-        received, found = lax.scan(body, received, jnp.arange(ticks.start, ticks.stop))
-    return found  # with one chunk a microbatch is due in each of these ticks, in order
+    nothing = jnp.zeros(stage.x.shape, stage.x.dtype)
+    received, _ = lax.scan(functools.partial(tick, leaves=False), nothing, jnp.arange(entering.start, entering.stop))
+    # With one chunk per stage a microbatch is due in each of these ticks, in order.
+    _, found = lax.scan(functools.partial(tick, leaves=True), received, jnp.arange(both.start, both.stop))
+    return cast(Array, found)
 
 
 @jax.tree_util.register_dataclass

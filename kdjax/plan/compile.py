@@ -1,5 +1,6 @@
 """Compiles a run's training step for a GPU that need not be present, and reads a `Plan` from the program."""
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -41,7 +42,8 @@ def make_plan(
     mesh = meshes.make_mesh(config.mesh.sizes, topology(kind, devices).devices)
     meshes.check_batch(mesh, config.batch.global_size, config.batch.microbatch_size)
     flags = flags or xla_flags.default_set(mesh.shape[PIPE])
-    layout = lay_out(config, read_teacher(config), mesh)
+    teacher = read_teacher(config)
+    layout = lay_out(config, teacher, mesh)
     arguments: list[Any] = [layout.abstract_state(), layout.abstract_batch(config.data.top_k or top_k)]
     if layout.teacher is not None:
         arguments.append(layout.teacher.abstract_params())
@@ -51,6 +53,8 @@ def make_plan(
     chosen = {name: value for name, value in xla_flags.compiler_options(flags).items() if f"--{name}=" not in given}
     program = step.lower(*arguments).compile(chosen | dict(options or {}))
     text, on_chip = program.as_text(), score_elements(config, mesh.shape[TENSOR])
+    if teacher is not None:  # of which both models' scores are multiples
+        on_chip = math.gcd(on_chip, score_elements(teacher, mesh.shape[TENSOR]))
     share = branch_share(pipeline_schedule(config, mesh.shape))
     return Plan(
         config=config,
@@ -61,6 +65,7 @@ def make_plan(
         collectives=collectives(text, devices, share, on_chip),
         flags=flags,
         compile_s=time.monotonic() - began,
+        teacher=teacher,
     )
 
 
