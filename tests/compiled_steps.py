@@ -11,7 +11,7 @@ from kdjax.training.step import make_eval_step, make_train_step
 def _without_paths(layout: Layout) -> Layout:
     """Returns the layout without what differs from test to test and does not matter to a step."""
     data = dataclasses.replace(layout.config.data, train=(), val=(), scratch_dir=None)
-    return Layout(dataclasses.replace(layout.config, data=data), layout.mesh)
+    return dataclasses.replace(layout, config=dataclasses.replace(layout.config, data=data))
 
 
 _train_step, _eval_step = functools.cache(make_train_step), functools.cache(make_eval_step)

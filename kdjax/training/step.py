@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from kdjax.model import Params, bind, in_compute_dtype
 from kdjax.parallel import pipeline
-from kdjax.parallel.collectives import per_device, sum_over_batch_axes
+from kdjax.parallel.collectives import after, per_device, sum_over_batch_axes
 from kdjax.parallel.mesh import REPLICATED, ROWS
 from kdjax.parallel.sharding import gather_params, sum_to_shards
 from kdjax.training.head import Head, Sums
@@ -66,7 +66,7 @@ def make_eval_step(layout: Layout) -> Callable[..., Sums]:
     specs = layout.stage_param_specs
 
     def evaluate(params: Params, rows: Batch, teacher: Params | None) -> Sums:
-        head, schedule, microbatches = _lessons(layout, rows, teacher)
+        params, head, schedule, microbatches = _lessons(layout, params, rows, teacher)
         parts = parts_of(layout, head.evaluate)
         _, sums = pipeline.losses(parts, schedule, *gathered(layout, params, specs), microbatches)
         return sum_over_batch_axes(sums)
@@ -85,7 +85,7 @@ def _make_gradient(layout: Layout) -> Callable[[Params, Batch, Params | None], t
     differentiate = {"1f1b": pipeline.gradients, "gpipe": pipeline.gpipe_gradients}[layout.config.mesh.schedule]
 
     def gradient(params: Params, rows: Batch, teacher: Params | None) -> tuple[Params, Sums]:
-        head, schedule, microbatches = _lessons(layout, rows, teacher)
+        params, head, schedule, microbatches = _lessons(layout, params, rows, teacher)
         parts = parts_of(layout, head.train)
         grads, chunk_grads, sums = differentiate(parts, schedule, *gathered(layout, params, specs), microbatches)
         grads["layers"] = jax.tree.map(lambda g: jnp.expand_dims(g, 1), chunk_grads)
@@ -111,13 +111,21 @@ def _teacher_by_stage(layout: Layout, teacher: Params | None) -> Params | None:
     return layout.teacher.by_stage(teacher)
 
 
-def _lessons(layout: Layout, rows: Batch, teacher: Params | None) -> tuple[Head, pipeline.Schedule, Batch]:
-    """Returns the head, the schedule and the microbatches, with what a teacher on the mesh says of each."""
+def _lessons(
+    layout: Layout, params: Params, rows: Batch, teacher: Params | None
+) -> tuple[Params, Head, pipeline.Schedule, Batch]:
+    """Returns the parameters, the head, the schedule and the microbatches, with what a teacher on the mesh says of each.
+
+    The student's parameters wait for the teacher to finish, so that those of both are never gathered at the same time.
+    """
     schedule, microbatches = layout.microbatches(rows)
     if layout.teacher is None or teacher is None:
-        return Head(layout), schedule, microbatches
+        return params, Head(layout), schedule, microbatches
     hidden_MxBxTxE, unembed_WxE = _teacher_states(layout.teacher, teacher, rows)
-    return Head(layout, unembed_WxE), schedule, dataclasses.replace(microbatches, teacher_hidden=hidden_MxBxTxE)
+    params, hidden_MxBxTxE = jax.lax.optimization_barrier((params, hidden_MxBxTxE))
+    tokens = after(hidden_MxBxTxE, microbatches.tokens)
+    taught = dataclasses.replace(microbatches, tokens=tokens, teacher_hidden=hidden_MxBxTxE)
+    return params, Head(layout, unembed_WxE), schedule, taught
 
 
 def _teacher_states(layout: Layout, params: Params, rows: Batch) -> tuple[jax.Array, jax.Array]:
