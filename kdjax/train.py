@@ -1,4 +1,4 @@
-"""Distils a student from a teacher's cached logits.
+"""Distils a student from a teacher's cached logits, or with --config.teacher.checkpoint from a teacher on its mesh.
 
 RUN receives config.json, metrics.jsonl, tensorboard/ and checkpoints/. Run the same command again to resume an
 interrupted run from its last checkpoint, at the same position in the data.
@@ -20,7 +20,7 @@ import jax
 
 from kdjax import cli
 from kdjax import config as configs
-from kdjax.checkpoint import RunCheckpoints, adopt_architecture, load_params
+from kdjax.checkpoint import RunCheckpoints, adopt_architecture, lay_out, load_params, load_teacher, read_teacher
 from kdjax.config import Config, DataConfig, command_line
 from kdjax.config.validate import resolve, validate
 from kdjax.data.dataset import Dataset, open_dataset
@@ -61,15 +61,22 @@ def run(
     """
     config = resolve(adopt_architecture(config))
     validate(config)
+    teacher = read_teacher(config)
     with run_directory.claimed(workdir, config) if consensus.is_process_zero() else contextlib.nullcontext():
-        return _run(config, workdir, stop or threading.Event(), devices)
+        return _run(config, teacher, workdir, stop or threading.Event(), devices)
 
 
-def _run(config: Config, workdir: Path, stop: threading.Event, devices: Sequence[jax.Device] | None) -> Outcome:
+def _run(
+    config: Config,
+    teacher: Config | None,
+    workdir: Path,
+    stop: threading.Event,
+    devices: Sequence[jax.Device] | None,
+) -> Outcome:
     """Trains in a run directory that is this process's, or process 0's."""
     mesh = meshes.make_mesh(config.mesh.sizes, devices)
     summary.check_devices(config, mesh)
-    layout = Layout(config, mesh)
+    layout = lay_out(config, teacher, mesh)
     train_set = _open(config, config.data, config.data.train)
     any_chunks = dataclasses.replace(config.data, n_chunks=None, n_examples_per_chunk=None)
     val_set = _open(config, any_chunks, config.data.val) if config.data.val else None
@@ -91,7 +98,7 @@ def _run(config: Config, workdir: Path, stop: threading.Event, devices: Sequence
         progress = stack.enter_context(
             cli.Progress("step", config.train.steps, "step", start=start, lines_to=sys.stdout)
         )
-        trainer = Trainer(layout, train_set, val_set, checkpoints, log_to, progress)
+        trainer = Trainer(layout, load_teacher(layout), train_set, val_set, checkpoints, log_to, progress)
         return trainer.run(state, consensus.SharedStop(stop))
 
 
@@ -100,6 +107,7 @@ class Trainer:
     """The training loop with everything it uses."""
 
     layout: Layout
+    teacher: Params | None  # its parameters, if it runs on the mesh
     train_set: Dataset
     val_set: Dataset | None
     checkpoints: RunCheckpoints
@@ -109,6 +117,11 @@ class Trainer:
     @property
     def config(self) -> Config:
         return self.layout.config
+
+    @property
+    def beside(self) -> tuple[Params, ...]:
+        """What the steps take beside state and batch."""
+        return () if self.teacher is None else (self.teacher,)
 
     def run(self, state: TrainState, stop: consensus.SharedStop) -> Outcome:
         """Trains from the state's step to the last. Fetches a step's metrics while the next step runs."""
@@ -122,7 +135,7 @@ class Trainer:
         recorder.pause()
         watchdog.record_progress("the start")
         for step, batch in enumerate(self.batches(start), start):
-            state, step_metrics = train_step(state, batch)
+            state, step_metrics = train_step(state, batch, *self.beside)
             recorder.add(step, step_metrics)
             watchdog.record_progress(f"the dispatch of step {step}")
             done, last = step + 1, step + 1 == train.steps
@@ -170,7 +183,7 @@ class Trainer:
             max_batches=self.config.train.val_batches,
             rows=rows,
         ):
-            sums = self._eval_step(params, meshes.put_rows(self.layout.mesh, batch))
+            sums = self._eval_step(params, meshes.put_rows(self.layout.mesh, batch), *self.beside)
             total = sums if total is None else {name: total[name] + sums[name] for name in sums}
             watchdog.record_progress(f"a batch of the validation after {step} steps")
         assert total is not None  # a data set holds at least one record
@@ -180,7 +193,7 @@ class Trainer:
         return means
 
     @functools.cached_property
-    def _eval_step(self) -> Callable[[Params, Batch], Sums]:
+    def _eval_step(self) -> Callable[..., Sums]:
         return make_eval_step(self.layout)
 
     def has_stalled(self) -> bool:
@@ -202,8 +215,8 @@ def _open(config: Config, data: DataConfig, paths: tuple[str, ...]) -> Dataset:
         tokenizer_sha256=model.tokenizer_sha256,
         target_logits_scale=config.loss.target_logits_scale,
         need_log_sum_exp=Objective.from_settings(config.loss).needs_teacher_log_sum,
-        targets=config.loss.targets,
         ignore_teacher_ids=config.loss.cross_tokenizer is not None,
+        targets=config.loss.targets if config.teacher.checkpoint is None else None,
     )
 
 

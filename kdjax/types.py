@@ -37,7 +37,8 @@ class Batch:
     log_sum_exp_logits: Float[Any, "B T"] | None = None  # over the teacher's whole vocabulary
     positions: Int[Any, "B T"] | None = None  # None: 0 .. T-1
     segment_ids: Int[Any, "B T"] | None = None  # None: each row is one document
-    topk_weights: Float[Any, "B T K"] | None = None  # sampled targets: the share of the target that an entry carries
+    topk_weights: Float[Any, "B T K"] | None = None  # sampled targets: the share that an entry carries, 0 where absent
+    teacher_hidden: Float[Any, "B T E"] | None = None  # of a teacher on the mesh, which the step adds on the devices
 
 
 @jax.tree_util.register_dataclass

@@ -24,7 +24,7 @@ def _without(layout: Layout, **changes: Any) -> Layout:
         "checkpoint": configs.CheckpointConfig(),
         "resume": configs.ResumeConfig(),
     } | changes
-    return Layout(dataclasses.replace(config, **changes), layout.mesh)
+    return dataclasses.replace(layout, config=dataclasses.replace(config, **changes))
 
 
 _train_step, _eval_step = functools.cache(make_train_step), functools.cache(make_eval_step)

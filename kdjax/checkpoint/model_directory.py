@@ -142,8 +142,11 @@ def _compare_shapes(
         raise UserError(f"the parameters in {source} do not fit the architecture beside them:\n" + "\n".join(lines))
 
 
-def read_model_config(path: Path | str) -> ModelConfig:
-    """Returns the architecture of a model directory or run, without `init_from` and `keep_layers`."""
+def read_model_config(path: Path | str, key: str = "model.init_from") -> ModelConfig:
+    """Returns the architecture of a model directory or run, without `init_from` and `keep_layers`.
+
+    `key` names the knob that holds the path, for messages.
+    """
     path = Path(path)
     if (path / MODEL_CONFIG).exists():
         return build({"model": json.loads((path / MODEL_CONFIG).read_text())}).model
@@ -155,7 +158,7 @@ def read_model_config(path: Path | str) -> ModelConfig:
     if run is not None:
         return dataclasses.replace(run.model, init_from=None, keep_layers=None)
     raise UserError(
-        f"model.init_from = {str(path)!r} holds neither {MODEL_CONFIG} nor a run's config.json; "
+        f"{key} = {str(path)!r} holds neither {MODEL_CONFIG} nor a run's config.json; "
         "give a converted checkpoint or a run directory"
     )
 

@@ -181,6 +181,16 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """A teacher that runs beside the student on the same mesh, in place of cached entries."""
+
+    checkpoint: str | None = knob(None, "converted checkpoint or run of the teacher; None: the records' cached entries")
+    dtype: str = knob(
+        "bfloat16", "dtype of the teacher's parameters, activations and matmuls", choices=("bfloat16", "float32")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """Optimiser and learning rate. Defaults are NeMo-Aligner's."""
 
@@ -282,6 +292,7 @@ class Config:
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     loss: LossConfig = LossConfig()
+    teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()

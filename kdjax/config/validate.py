@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from kdjax.config.schema import KNOBS, Config, DataConfig, ModelConfig
-from kdjax.losses.dispatch import check_implementation
+from kdjax.losses.dispatch import TEACHER_IMPLEMENTATIONS, check_implementation
 from kdjax.losses.objective import Objective
 from kdjax.parallel.axes import PIPE, TENSOR
 from kdjax.types import UserError
@@ -40,6 +40,8 @@ def validate(config: Config) -> None:
     _check_data_and_batch(config)
     _check_train(config)
     _check_loss(config)
+    if config.teacher.checkpoint is not None:
+        _check_teacher(config)
     _check_learning_rate(config)
     _check_mesh(config)
 
@@ -130,6 +132,25 @@ def _check_loss(config: Config) -> None:
     if config.loss.implementation is not None:
         check_implementation(config.loss.implementation, objective, prefix="loss.")
     require_one_temperature(config.data, config.loss.target_logits_scale)
+
+
+def _check_teacher(config: Config) -> None:
+    """Checks the knobs that go with a teacher on the mesh, which takes the place of cached entries."""
+    Objective.from_settings(config.loss).check_whole("loss.")
+    if config.loss.implementation not in TEACHER_IMPLEMENTATIONS:
+        _fail(config, "loss.implementation", "it works on cached entries; with teacher.checkpoint use xla or none")
+    if config.loss.include_vocab_padding:
+        _fail(
+            config,
+            "loss.include_vocab_padding",
+            "teacher.checkpoint is compared over token ids only, because its padding differs; set it to False",
+        )
+    if config.loss.kd_loss_weight == 0:
+        _fail(config, "loss.kd_loss_weight", "teacher.checkpoint would run for nothing; leave teacher.checkpoint unset")
+    for key in ("data.top_k", "data.kind", "data.teacher_temperature"):
+        default = Config()[key]
+        if config[key] != default:
+            _fail(config, key, f"it is about cached entries, which teacher.checkpoint replaces; set it to {default}")
 
 
 def require_one_temperature(data: DataConfig, target_logits_scale: float) -> None:

@@ -29,6 +29,7 @@ class Requirements:
     vocab_size: int  # the student's true vocabulary
     need_log_sum_exp: bool
     ignore_teacher_ids: bool  # they belong to another vocabulary: only values and ranks are used
+    need_entries: bool = True  # False: a teacher on the mesh takes their place, and stored ones are dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,11 @@ def _check(record: Record, requirements: Requirements) -> tuple[Record, Findings
     unmasked_S = _unmasked(record, data)
     tokens_S = _tokens(record, unmasked_S, requirements.vocab_size)
     _require_range(record.labels, unmasked_S, requirements.vocab_size, "labels")
+    if not requirements.need_entries:
+        labels_S, nothing = np.where(unmasked_S, record.labels, 0), np.zeros((len(record), 0), np.float32)
+        return Record(
+            tokens_S, labels_S, record.loss_mask, nothing, nothing.astype(np.int32), index=record.index
+        ), Findings()
     if requirements.need_log_sum_exp and record.log_sum_exp_logits is None and data.kind == "logits":
         raise RecordError(
             "no field log_sum_exp_logits, which loss.tail = 'ghost' and 'label' need; cache the teacher's logits with "

@@ -47,7 +47,7 @@ class Dataset:
         self.data = data
         self.top_k = survey.largest_top_k  # data.top_k, if that is set
         self.has_log_sum_exp = survey.with_log_sum_exp == survey.records
-        self.has_weights = any(manifest.targets != "topk" for manifest in manifests)
+        self.has_weights = store.requirements.need_entries and any(m.targets != "topk" for m in manifests)
         self.fingerprint = _fingerprint(store)
         self.warnings = tuple(warnings)
         self.rows = pack_rows(store.selection.lengths.tolist(), data.sequence_length) if data.pack else None
@@ -127,7 +127,7 @@ def open_dataset(
     target_logits_scale: float = 1.0,
     need_log_sum_exp: bool = False,
     ignore_teacher_ids: bool = False,
-    targets: str = "topk",
+    targets: str | None = "topk",
 ) -> Dataset:
     """Finds, decompresses, indexes and surveys the records that `paths` stand for, and logs what looks wrong.
 
@@ -139,7 +139,8 @@ def open_dataset(
         target_logits_scale: the loss's, which must be 1 if the stored logits are already divided by a temperature.
         need_log_sum_exp: refuse records without the teacher's logsumexp.
         ignore_teacher_ids: the teacher has another vocabulary, so that only its values are used, by rank.
-        targets: loss.targets; "sampled" needs caches with sampled or hybrid targets.
+        targets: loss.targets; "sampled" needs caches with sampled or hybrid targets. None: a teacher on the mesh takes
+            the place of entries, so that records need none and those they have are dropped.
 
     With `need_log_sum_exp` and a `target_logits_scale` other than 1, records have logits times that scale and the
     logsumexp that belongs to them, which only a cache can have.
@@ -155,7 +156,9 @@ def open_dataset(
     manifests = [cache.description() for cache in caches.values()]
     plain = [source for source in sources if source not in caches]
     manifests += [m for d in dict.fromkeys(source.path.parent for source in plain) if (m := read_manifest(d))]
-    _check_targets(plain, manifests, data, targets)
+    need_entries = targets is not None
+    if targets is not None:
+        _check_targets(plain, manifests, data, targets)
     if plain and need_log_sum_exp and target_logits_scale != 1:
         raise UserError(
             f"{plain[0].path}: its logsumexp belongs to the unscaled logits, and the loss needs the one at "
@@ -169,12 +172,13 @@ def open_dataset(
             vocab_size=vocab_size,
             tokenizer_sha256=tokenizer_sha256,
             ignore_teacher_ids=ignore_teacher_ids,
+            need_entries=need_entries,
         )
     files = [
-        caches.get(source) or RecordFile(source, open_scratch(data.scratch_dir), data.allow_truncated)
+        caches.get(source) or RecordFile(source, open_scratch(data.scratch_dir), data.allow_truncated, need_entries)
         for source in sources
     ]
-    requirements = Requirements(data, vocab_size, need_log_sum_exp, ignore_teacher_ids)
+    requirements = Requirements(data, vocab_size, need_log_sum_exp, ignore_teacher_ids, need_entries)
     return survey_files(files, requirements, manifests, ",".join(paths))
 
 
@@ -191,7 +195,7 @@ def survey_files(
     for i in np.flatnonzero(selection.stored_lengths < 1):  # the index shows that these are damaged
         store.read(int(i))
     survey = _take_survey(store)
-    warnings = diagnose(survey, data.top_k, ignore_teacher_ids)
+    warnings = diagnose(survey, data.top_k, ignore_teacher_ids or not requirements.need_entries)
     if selection.superseded and not data.dedupe:
         warnings.append(
             f"{counted(selection.superseded, 'record')} with the index of a later record of the same path, as if a run "

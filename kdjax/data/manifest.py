@@ -70,9 +70,16 @@ def require_agreement(
     vocab_size: int,
     tokenizer_sha256: str | None,
     ignore_teacher_ids: bool,
+    need_entries: bool = True,
 ) -> None:
-    """Raises UserError if a manifest contradicts the configuration, with both values and what to change."""
+    """Raises UserError if a manifest contradicts the configuration, with both values and what to change.
+
+    Without `need_entries` only the tokenizer matters.
+    """
     path = manifest.path
+    if not need_entries:
+        _require_tokenizer(manifest, tokenizer_sha256, "use records or a student with the same tokenizer")
+        return
     if manifest.kind not in (None, data.kind):
         raise UserError(f"{path}: kind is {manifest.kind!r}, data.kind is {data.kind!r}; set data.kind={manifest.kind}")
     if manifest.teacher_temperature not in (None, data.teacher_temperature):
@@ -92,10 +99,14 @@ def require_agreement(
             f"{path}: the teacher's vocabulary has {manifest.vocab_size} ids, but the student's model.vocab_size is "
             f"{vocab_size}, so that it does not know some of the teacher's ids; {remedy}"
         )
+    _require_tokenizer(manifest, tokenizer_sha256, remedy)
+
+
+def _require_tokenizer(manifest: Manifest, tokenizer_sha256: str | None, remedy: str) -> None:
     if None not in (manifest.tokenizer_sha256, tokenizer_sha256) and manifest.tokenizer_sha256 != tokenizer_sha256:
         raise UserError(
-            f"{path}: tokenizer_sha256 is {manifest.tokenizer_sha256}, model.tokenizer_sha256 is {tokenizer_sha256}: "
-            f"the same ids mean different tokens; {remedy}"
+            f"{manifest.path}: tokenizer_sha256 is {manifest.tokenizer_sha256}, model.tokenizer_sha256 is "
+            f"{tokenizer_sha256}: the same ids mean different tokens; {remedy}"
         )
 
 

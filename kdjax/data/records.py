@@ -10,7 +10,7 @@ needs neither the vocabulary nor the configuration; checks.py does the rest.
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 
 from kdjax.types import UserError
 
-REQUIRED = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids")
+TEXT = ("tokens", "labels", "loss_mask")  # all that a record needs where a teacher on the mesh gives the entries
+REQUIRED = (*TEXT, "topk_logits", "topk_token_ids")
 QUOTE_LENGTH = 60  # characters of a bad value that an error shows
 
 
@@ -65,15 +66,17 @@ class Record:
         )
 
 
-def decode(line: bytes, where: str) -> Record:
+def decode(line: bytes, where: str, with_entries: bool = True) -> Record:
     """Decodes one line of JSON. Accepts integral floats as ids, and pads positions with few entries by (-inf, id 0).
+
+    Without `with_entries` the teacher's fields may be absent and are not read; the record then has K = 0.
 
     Raises RecordError, which starts with `where` (the file and record number), for broken JSON, a missing field, values
     that are not numbers, ids that are not 32-bit integers, fields of different lengths, top-k fields of different
     shapes, and a record without positions.
     """
     with prefix_errors(where):
-        return _to_record(_parse(line))
+        return _to_record(_parse(line, REQUIRED if with_entries else TEXT), with_entries)
 
 
 @contextlib.contextmanager
@@ -85,12 +88,12 @@ def prefix_errors(where: str) -> Iterator[None]:
         raise RecordError(f"{where}: {error}") from error.__cause__
 
 
-def _to_record(fields: dict[str, Any]) -> Record:
+def _to_record(fields: dict[str, Any], with_entries: bool) -> Record:
     tokens = _integers(fields["tokens"], "tokens", ndim=1)
     if not len(tokens):
         raise RecordError("tokens is empty; a record needs at least one position: remove this line")
-    logits, ids = _padded_top_k(fields)
-    lse = fields.get("log_sum_exp_logits")
+    logits, ids = _padded_top_k(fields) if with_entries else ([[] for _ in tokens], [[] for _ in tokens])
+    lse = fields.get("log_sum_exp_logits") if with_entries else None
     record = Record(
         tokens,
         _integers(fields["labels"], "labels", ndim=1),
@@ -110,18 +113,18 @@ def _to_record(fields: dict[str, Any]) -> Record:
     return record
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _parse(line: bytes, required: Sequence[str]) -> dict[str, Any]:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise RecordError(f"not valid JSON ({error}); generate this line again or remove it") from error
     if not isinstance(fields, dict):
         raise RecordError(f"{_quote(fields)} is a {type(fields).__name__}; a record must be a JSON object")
-    missing = [name for name in REQUIRED if name not in fields]
+    missing = [name for name in required if name not in fields]
     if missing:
         raise RecordError(
             f"no field {', '.join(missing)}; this line has {', '.join(fields) or 'none'}, a record needs "
-            f"{', '.join(REQUIRED)}"
+            f"{', '.join(required)}"
         )
     return fields
 

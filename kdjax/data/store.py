@@ -50,7 +50,8 @@ class Records(Protocol):
 class RecordFile:
     """An open record file and its index. Safe to read from several threads."""
 
-    def __init__(self, source: Source, scratch: Path, allow_truncated: bool):
+    def __init__(self, source: Source, scratch: Path, allow_truncated: bool, with_entries: bool = True):
+        self._with_entries = with_entries
         with exclusive_lock(scratch, source.path):
             plain = decompress(source.path, scratch, allow_truncated)
             self.index: Index = load_or_build(plain, scratch)
@@ -70,7 +71,7 @@ class RecordFile:
         size, offset = int(self.index.sizes[number]), int(self.index.offsets[number])
         with explain_os_errors(self.where(number), "read this record"):
             line = os.pread(self._descriptor, size, offset)
-        return decode(line, self.where(number))
+        return decode(line, self.where(number), self._with_entries)
 
     def where(self, number: int) -> str:
         """Returns the file and the record, counted from 1, for messages."""

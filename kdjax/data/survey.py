@@ -87,11 +87,16 @@ def describe(survey: Survey, top_k: int, kind: str, ignore_teacher_ids: bool) ->
     `top_k` is the number of entries used at each position, `kind` is data.kind; with `ignore_teacher_ids` the teacher
     has another vocabulary, so that its tokens are not compared with the labels.
     """
-    fewer = f" (in some records {survey.smallest_top_k})" if survey.smallest_top_k != top_k else ""
     unmasked = survey.unmasked / survey.tokens
+    checked = (
+        f"{counted(survey.records, 'record')} checked: {unmasked:.1%} of their positions are unmasked (loss_mask > 0)"
+    )
+    if not top_k:
+        return ["tokens, labels and loss mask; a teacher on the mesh takes the place of cached entries", checked]
+    fewer = f" (in some records {survey.smallest_top_k})" if survey.smallest_top_k != top_k else ""
     lines = [
         f"the teacher's top {top_k} tokens at each position{fewer}, stored as {kind}",
-        f"{counted(survey.records, 'record')} checked: {unmasked:.1%} of their positions are unmasked (loss_mask > 0)",
+        checked,
     ]
     if not ignore_teacher_ids:
         here, before, after = survey.agreement

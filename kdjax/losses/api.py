@@ -44,16 +44,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kdjax.losses import reference
-from kdjax.losses.dispatch import LossCall, choose_linear, choose_logits
+from kdjax.losses.dispatch import TEACHER_IMPLEMENTATIONS, LossCall, choose_linear, choose_logits
 from kdjax.losses.fused import linear
+from kdjax.losses.fused import teacher as teacher_path
 from kdjax.losses.objective import (
     LossSums,
     Objective,
     Supervision,
+    TeacherStates,
     check_ids,
     check_linear,
     check_logits,
     check_supervision,
+    check_teacher,
     computation_dtype,
     supervise,
 )
@@ -61,7 +64,7 @@ from kdjax.losses.token_losses import token_losses
 from kdjax.losses.vocabulary import Vocabulary
 from kdjax.types import UserError
 
-__all__ = ["linear_losses", "linear_topk_kd_loss", "topk_kd_loss"]
+__all__ = ["linear_losses", "linear_topk_kd_loss", "teacher_losses", "topk_kd_loss"]
 
 
 def topk_kd_loss(
@@ -228,6 +231,50 @@ def linear_losses(
         return reference.linear_losses(objective, hidden, unembed[: vocabulary.size], supervision, loss_mask)
     call = LossCall(objective, vocabulary, chosen)
     return linear.linear_losses(call, hidden, unembed, supervision, loss_mask, chunk_tokens)
+
+
+def teacher_losses(
+    objective: Objective,
+    hidden: Float[Array, "B T D"],
+    unembed: Float[Array, "V D"],
+    teacher: TeacherStates,
+    labels: Int[Array, "B T"],
+    loss_mask: Float[Array, "B T"],
+    *,
+    axis_name: str | tuple[str, ...] | None = None,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+    implementation: str | None = None,
+) -> LossSums:
+    """Returns the losses against a teacher's whole distribution, without holding either model's logits [B, T, V].
+
+    The divergence `objective.kd_loss` is summed over all token ids; `fused/teacher.py` has the formulae. Differentiable
+    by `hidden` and `unembed`, through `.loss` only. The arguments are those of `linear_topk_kd_loss`; `teacher` has
+    hidden states [B, T, E] and as many rows of an unembedding [V, E] as the student, for the same token ids.
+
+    Returns:
+      `LossSums`, in which `student_topk_mass` is None and `teacher_entropy` is not.
+
+    Raises:
+      UserError: a setting or an array cannot work; the message says why and what would.
+    """
+    objective.check()
+    objective.check_whole()
+    if implementation not in TEACHER_IMPLEMENTATIONS:
+        raise UserError(
+            f"implementation = {implementation!r} works on cached entries; with a teacher beside the student choose one"
+            f" of {', '.join(map(repr, TEACHER_IMPLEMENTATIONS))}"
+        )
+    hidden, unembed, loss_mask = jnp.asarray(hidden), jnp.asarray(unembed), jnp.asarray(loss_mask)
+    labels, teacher = jnp.asarray(labels).astype(jnp.int32), TeacherStates(*map(jnp.asarray, teacher))
+    check_linear(hidden, unembed, loss_mask)
+    check_teacher(teacher, unembed, labels, loss_mask)
+    vocabulary = _vocabulary(axis_name, vocab_size, unembed.shape[0])
+    if implementation == "reference":
+        _check_whole(vocabulary)
+        teacher = teacher._replace(unembed=teacher.unembed[: vocabulary.size])
+        return reference.teacher_losses(objective, hidden, unembed[: vocabulary.size], teacher, labels, loss_mask)
+    return teacher_path.linear_losses(objective, vocabulary, hidden, unembed, teacher, labels, loss_mask, chunk_tokens)
 
 
 def _vocabulary(axis_name: str | tuple[str, ...] | None, vocab_size: int | None, width: int) -> Vocabulary:

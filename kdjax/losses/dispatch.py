@@ -18,6 +18,7 @@ log = logging.getLogger("kdjax")
 # The implementations of `topk_kd_loss` and those of `linear_topk_kd_loss`.
 LOGITS_IMPLEMENTATIONS = ("reference", "xla", "pallas", "triton", "pallas_interpret")
 IMPLEMENTATIONS = (*LOGITS_IMPLEMENTATIONS, "gathered")
+TEACHER_IMPLEMENTATIONS = (None, "reference", "xla")  # those of `teacher_losses`; None is "xla"
 KERNELS = ("pallas", "triton", "pallas_interpret")
 
 # The share K / V of the vocabulary below which gathering K rows is cheaper than multiplying by all. On two cores,

@@ -153,6 +153,15 @@ class Objective:
                 f"does not work with {chosen}, which compares by id; set {prefix}cross_tokenizer = None or {way_out}",
             )
 
+    def check_whole(self, prefix: str = "") -> None:
+        """Raises UserError for a setting about cached entries, which a teacher beside the student has none of."""
+        for name, default in (("tail", "renormalize"), ("targets", "topk"), ("cross_tokenizer", None)):
+            if getattr(self, name) != default:
+                raise UserError(
+                    f"{prefix}{name} = {getattr(self, name)!r} is about cached entries, and a teacher that runs beside"
+                    f" the student is compared with it over the whole vocabulary; set {prefix}{name} = {default!r}"
+                )
+
 
 class Supervision(NamedTuple):
     """What each position learns from. An entry of -inf is absent, and its id is ignored."""
@@ -162,6 +171,16 @@ class Supervision(NamedTuple):
     labels: Int[Array, "*P"]
     log_sum_exp_logits: Float[Array, "*P"] | None = None  # of the teacher, over its whole vocabulary
     topk_weights: Float[Array, "*P K"] | None = None  # the share of the target that each entry carries, if sampled
+
+
+class TeacherStates(NamedTuple):
+    """A teacher that runs beside the student: what its logits hidden @ unembed.T are made of, for the same token ids.
+
+    Its width E need not be the student's.
+    """
+
+    hidden: Float[Array, "B T E"]  # after the final norm
+    unembed: Float[Array, "V E"]
 
 
 class LossSums(NamedTuple):
@@ -179,6 +198,7 @@ class LossSums(NamedTuple):
     # student gives the K ids at logits_scale; None on the gathered path, which does not see the other logits.
     top1_agreement: Float[Array, ""] | None
     student_topk_mass: Float[Array, ""] | None
+    teacher_entropy: Float[Array, ""] | None = None  # over the whole vocabulary, of a teacher beside the student
 
 
 def supervise(objective: Objective, supervision: Supervision) -> Supervision:
@@ -214,6 +234,17 @@ def check_linear(hidden: jax.Array, unembed: jax.Array, loss_mask: jax.Array) ->
             f" with D = {hidden.shape[2]} (is it transposed?)"
         )
     _check_shape("loss_mask", loss_mask, hidden.shape[:2])
+
+
+def check_teacher(teacher: TeacherStates, unembed: jax.Array, labels: jax.Array, loss_mask: jax.Array) -> None:
+    """Raises UserError unless the teacher's arrays fit each other, the student's unembedding and the labels."""
+    check_linear(teacher.hidden, teacher.unembed, loss_mask)
+    _check_shape("labels", labels, loss_mask.shape)
+    if teacher.unembed.shape[0] != unembed.shape[0]:
+        raise UserError(
+            f"the teacher's unembedding has {teacher.unembed.shape[0]} rows and the student's {unembed.shape[0]}; cut"
+            " or pad one of them, so that a shard of the vocabulary has the same token ids of both"
+        )
 
 
 def check_supervision(objective: Objective, supervision: Supervision, positions: tuple[int, ...], v: int) -> None:

@@ -26,6 +26,8 @@ The whole loss:
     sft  = logsumexp_V(logits_scale z) - logits_scale z[y]
     loss = kd_loss_weight kd + sft_loss_weight sft
 
+A teacher that runs beside the student (`teacher_losses`) has the same three divergences with the sums over all of V.
+
 `logits_scale` scales both terms and there is no T^2 factor, as in NeMo-Aligner's
 `GPTKnowledgeDistillationModel`.
 
@@ -39,7 +41,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kdjax.losses.objective import LossSums, Objective, Supervision, computation_dtype
+from kdjax.losses.objective import LossSums, Objective, Supervision, TeacherStates, computation_dtype
 
 # Log-probability of an absent entry, in both distributions: its probability exp(-1e30) is 0 and, unlike -inf, it can be
 # subtracted from itself.
@@ -128,6 +130,39 @@ def linear_losses(
     weight = loss_mask.astype(dtype)
     terms = (loss, *jax.lax.stop_gradient((kd, sft)), jnp.ones_like(loss), agrees, mass)
     return LossSums(*(jnp.where(weight == 0, 0, weight * term).sum() for term in terms))
+
+
+def teacher_losses(
+    objective: Objective,
+    hidden: Float[Array, "B T D"],
+    unembed: Float[Array, "V D"],
+    teacher: TeacherStates,
+    labels: Int[Array, "B T"],
+    loss_mask: Float[Array, "B T"],
+) -> LossSums:
+    """Returns the sums of `kdjax.losses.teacher_losses`, computed from all logits of both models at once."""
+    dtype = computation_dtype(hidden, unembed)
+    weight = loss_mask.astype(dtype)
+
+    def scaled(scale: float, hidden: Float[Array, "B T D"], unembed: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+        read = jnp.where(weight[..., None] == 0, 0, hidden)  # a masked position may hold anything
+        return scale * jnp.einsum("BTD,VD->BTV", read, unembed, preferred_element_type=dtype)
+
+    z_BxTxV = scaled(objective.logits_scale, hidden, unembed)
+    t_BxTxV = jax.lax.stop_gradient(scaled(objective.target_logits_scale, *teacher))
+    log_q, log_p = jax.nn.log_softmax(z_BxTxV), jax.nn.log_softmax(t_BxTxV)
+    kd = divergence(log_p, log_q, objective)
+    sft = jnp.zeros_like(kd)
+    if objective.sft_loss_weight != 0:
+        sft = -logits_at(log_q, labels[..., None])[..., 0]
+    weighted = ((objective.kd_loss_weight, kd), (objective.sft_loss_weight, sft))
+    loss = sum((w * term for w, term in weighted if w != 0), jnp.zeros_like(kd))
+    z_top = jnp.take_along_axis(z_BxTxV, jnp.argmax(t_BxTxV, axis=-1, keepdims=True), axis=-1)[..., 0]
+    agrees = jnp.where(z_top >= z_BxTxV.max(axis=-1), 1.0, 0.0)
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    kd, sft = jax.lax.stop_gradient((kd, sft))
+    terms = LossSums(loss, kd, sft, jnp.ones_like(loss), agrees, None, entropy)
+    return jax.tree.map(lambda term: jnp.where(weight == 0, 0, weight * term).sum(), terms)
 
 
 def logits_at(logits_V: Float[Array, "*P V"], ids_K: Int[Array, "*P K"]) -> Float[Array, "*P K"]:

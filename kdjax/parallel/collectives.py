@@ -20,6 +20,15 @@ def per_device(f: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any)
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def after(earlier: jax.Array, ids: jax.Array) -> jax.Array:
+    """Returns the ids, which the device has only when it has the floats `earlier`.
+
+    Two parts of a program that communicate and do not depend on each other may run in either order. XLA's CPU runtime
+    then has devices wait for each other in different parts, for ever, and drops optimisation barriers beforehand.
+    """
+    return ids + (earlier.reshape(-1)[0] > jnp.inf).astype(ids.dtype)  # + 0, which XLA cannot know
+
+
 def sum_over_batch_axes(tree: Any) -> Any:
     """Sums over the axes that split the batch (an all-reduce)."""
     return jax.lax.psum(tree, BATCH_AXES)

@@ -26,12 +26,12 @@ microbatch. Each device handles its part of the vocabulary, so that no stage wai
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from kdjax.parallel import collectives
 
@@ -109,7 +109,7 @@ class Parts(NamedTuple):
     enter: Callable[[Any, Any], Array]  # (shared, microbatch) -> the first chunk's input, in full on every device
     run: Callable[[Any, Array, Any], Array]  # (a chunk's parameters, its input, microbatch) -> its output, same shape
     # (shared, the last chunk's output, microbatch) -> the value to minimise, and sums to add up; the same on all stages
-    leave: Callable[[Any, Array, Any], tuple[Float[Array, ""], Any]]
+    leave: Callable[[Any, Array, Any], tuple[Array, Any]]
 
 
 def by_stage(stacked: Tree, stages: int, chunks: int) -> Tree:
@@ -144,6 +144,29 @@ def losses(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microbatc
         body = jax.checkpoint(functools.partial(tick, leaves=leaves), prevent_cse=False)
         carry, _ = lax.scan(body, carry, jnp.arange(ticks.start, ticks.stop))
     return carry[1]
+
+
+def outputs(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microbatches: Any) -> Array:
+    """Returns the first result of `leave`, here any array, for each microbatch [M, ...]. Only inside `per_device`.
+
+    Each stage has one chunk.
+    """
+    assert schedule.chunks == 1, schedule
+    stage = _Stage(parts, schedule, shared, chunks, microbatches)
+    if schedule.stages == 1:
+        return lax.map(lambda number: stage.straight(shared, chunks, number)[0], jnp.arange(schedule.microbatches))
+
+    def tick(received: Array, t: Array, leaves: bool) -> tuple[Array, Array | None]:
+        _, y = stage.forward(received, t)
+        found = stage.leave(stage.parts.leave, y, t)[0] if leaves else None
+        return collectives.send_forward(y, schedule.is_ring), found
+
+    entering, both, _ = schedule.phases
+    nothing = jnp.zeros(stage.x.shape, stage.x.dtype)
+    received, _ = lax.scan(functools.partial(tick, leaves=False), nothing, jnp.arange(entering.start, entering.stop))
+    # With one chunk per stage a microbatch is due in each of these ticks, in order.
+    _, found = lax.scan(functools.partial(tick, leaves=True), received, jnp.arange(both.start, both.stop))
+    return cast(Array, found)
 
 
 @jax.tree_util.register_dataclass

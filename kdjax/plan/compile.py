@@ -1,5 +1,6 @@
 """Compiles a run's training step for a GPU that need not be present, and reads a `Plan` from the program."""
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 
 from kdjax import cli
+from kdjax.checkpoint import lay_out, read_teacher
 from kdjax.config import Config
 from kdjax.distributed import xla_flags
 from kdjax.parallel import mesh as meshes
@@ -15,7 +17,7 @@ from kdjax.parallel.axes import PIPE, TENSOR
 from kdjax.plan.gpus import topology
 from kdjax.plan.hlo import collectives, kernels
 from kdjax.plan.roofline import Plan, branch_share, score_elements
-from kdjax.training.layout import Layout, pipeline_schedule
+from kdjax.training.layout import pipeline_schedule
 from kdjax.training.memory import held_bytes
 from kdjax.training.step import make_train_step
 
@@ -40,14 +42,19 @@ def make_plan(
     mesh = meshes.make_mesh(config.mesh.sizes, topology(kind, devices).devices)
     meshes.check_batch(mesh, config.batch.global_size, config.batch.microbatch_size)
     flags = flags or xla_flags.default_set(mesh.shape[PIPE])
-    layout = Layout(config, mesh)
-    state, batch = layout.abstract_state(), layout.abstract_batch(config.data.top_k or top_k)
+    teacher = read_teacher(config)
+    layout = lay_out(config, teacher, mesh)
+    arguments: list[Any] = [layout.abstract_state(), layout.abstract_batch(config.data.top_k or top_k)]
+    if layout.teacher is not None:
+        arguments.append(layout.teacher.abstract_params())
     began = time.monotonic()
     step: Any = make_train_step(layout)
     given = os.environ.get("XLA_FLAGS", "")
     chosen = {name: value for name, value in xla_flags.compiler_options(flags).items() if f"--{name}=" not in given}
-    program = step.lower(state, batch).compile(chosen | dict(options or {}))
+    program = step.lower(*arguments).compile(chosen | dict(options or {}))
     text, on_chip = program.as_text(), score_elements(config, mesh.shape[TENSOR])
+    if teacher is not None:  # of which both models' scores are multiples
+        on_chip = math.gcd(on_chip, score_elements(teacher, mesh.shape[TENSOR]))
     share = branch_share(pipeline_schedule(config, mesh.shape))
     return Plan(
         config=config,
@@ -58,12 +65,13 @@ def make_plan(
         collectives=collectives(text, devices, share, on_chip),
         flags=flags,
         compile_s=time.monotonic() - began,
+        teacher=teacher,
     )
 
 
 def _memory(held: dict[str, int], analysis: Any) -> dict[str, int]:
     """Returns the bytes by what they are for; their sum is what XLA allocates."""
-    state = held["parameters"] + held["optimiser"]
+    state = held["parameters"] + held["optimiser"] + held.get("teacher", 0)
     parts = {**held, "batch": analysis.argument_size_in_bytes - state}
     parts["activations, temporaries"] = analysis.temp_size_in_bytes - (sum(held.values()) - state)
     parts["results"] = analysis.output_size_in_bytes - analysis.alias_size_in_bytes

@@ -12,7 +12,8 @@
                  the communication alone
   MFU            model operations / (devices x peak x step): 6 x the parameters in matmuls x tokens, and 6 x layers x
                  T x heads x head width x tokens for causal attention (half of 12). Recomputation and idle stages do
-                 not count; the head counts in full, even where the loss reads K of its rows
+                 not count; the head counts in full, even where the loss reads K of its rows. A teacher on the mesh
+                 counts a third of this, its forward pass
 
 Real steps are longer, because these are left out: kernel launches, communication that slows the compute it hides
 behind or other communication at the same time, the latency of a message, waiting for the slowest device, reading data.
@@ -48,6 +49,7 @@ class Plan:
     collectives: list[Collective]
     flags: str  # the set of XLA flags that it was compiled with
     compile_s: float
+    teacher: Config | None = None  # of a teacher on the mesh
 
     @property
     def gpu(self) -> Target:
@@ -113,7 +115,8 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Model FLOPs utilization."""
-        return model_flops(self.config) / (self.devices * self.gpu.peak * self.step_s)
+        useful = model_flops(self.config) + (model_flops(self.teacher) / 3 if self.teacher is not None else 0)
+        return useful / (self.devices * self.gpu.peak * self.step_s)
 
     def collective_s(self, c: Collective) -> float:
         """Returns the seconds per step of all runs of a collective."""

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kdjax import config as configs
+from kdjax.checkpoint import lay_out, read_teacher
 from kdjax.config import Config
 from kdjax.config.validate import validate
 from kdjax.parallel import mesh as meshes
 from kdjax.parallel.axes import DATA, FSDP, PIPE, TENSOR
 from kdjax.plan.gpus import DEVICES_PER_HOST, TARGETS, Target
 from kdjax.plan.roofline import GEMM_EFFICIENCY, USABLE_MEMORY, Plan, matmul_parameters, model_flops
-from kdjax.training.layout import Layout, pipeline_schedule
+from kdjax.training.layout import pipeline_schedule
 from kdjax.training.memory import held_bytes
 from kdjax.types import GIB, UserError
 
@@ -133,15 +134,21 @@ def candidates(config: Config, target: Target, devices: Sequence[jax.Device]) ->
             meshed = configs.replace(config, **changes, mesh__interleave=1)
             if not _is_possible(meshed):
                 continue
-            mesh = meshes.make_mesh(sizes, devices)
-            held = held_bytes(Layout(meshed, mesh))
+            mesh, teacher = meshes.make_mesh(sizes, devices), read_teacher(meshed)
+            try:
+                held = held_bytes(lay_out(meshed, teacher, mesh))
+            except UserError:  # the teacher cannot be split like this
+                continue
             for size, remat, chunks in itertools.product(rows, REMAT, INTERLEAVE if pipe > 1 else (1,)):
                 changed = configs.replace(
                     meshed, batch__microbatch_size=size, model__remat=remat, mesh__interleave=chunks
                 )
                 if _is_possible(changed, mesh):
                     min_bytes = sum(held.values()) + activation_bytes(changed, mesh)
-                    yield Candidate(changed, min_bytes, rough_step_s(changed, mesh, target, held))
+                    step_s = rough_step_s(changed, mesh, target, held)
+                    if teacher is not None:
+                        step_s += forward_s(dataclasses.replace(teacher, batch=changed.batch), mesh, target)
+                    yield Candidate(changed, min_bytes, step_s)
 
 
 def _is_possible(config: Config, mesh: Mesh | None = None) -> bool:
@@ -176,9 +183,9 @@ def rough_step_s(config: Config, mesh: Mesh, target: Target, held: dict[str, int
     model, shape, schedule = config.model, mesh.shape, pipeline_schedule(config, mesh.shape)
     pipe, tensor, fsdp, data = (shape[axis] for axis in (PIPE, TENSOR, FSDP, DATA))
     head = model.vocab_size * model.d_model / matmul_parameters(config)
-    forward_s = model_flops(config) / 3 / mesh.size / (GEMM_EFFICIENCY * target.peak)
+    matmul_s = model_flops(config) / 3 / mesh.size / (GEMM_EFFICIENCY * target.peak)
     passes = 3 + (model.remat == "layer") + (pipe > 1)  # a pipeline keeps a chunk's input, and computes it again
-    compute_s = forward_s * (passes * (1 - head) / (1 - schedule.bubble) + 3 * head)
+    compute_s = matmul_s * (passes * (1 - head) / (1 - schedule.bubble) + 3 * head)
 
     x = config.batch.microbatch_size * config.data.sequence_length * model.d_model * jnp.dtype(model.dtype).itemsize
     runs = schedule.items + schedule.stages - 1  # of a chunk
@@ -200,6 +207,12 @@ def rough_step_s(config: Config, mesh: Mesh, target: Target, held: dict[str, int
         + ring_s(2 * held["parameters"], data, fsdp * tensor)
         + ring_s(4 * x * (runs + schedule.microbatches), pipe, data * fsdp * tensor)
     )
+
+
+def forward_s(teacher: Config, mesh: Mesh, target: Target) -> float:
+    """Returns the rough seconds of a teacher's forward pass, without its communication."""
+    matmul_s = model_flops(teacher) / 3 / mesh.size / (GEMM_EFFICIENCY * target.peak)
+    return matmul_s / (1 - pipeline_schedule(teacher, mesh.shape).bubble)
 
 
 def _divisors(n: int) -> list[int]:

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kdjax.losses import LossSums, Objective, Supervision, linear_losses
+from kdjax.losses import LossSums, Objective, Supervision, TeacherStates, linear_losses, teacher_losses
 from kdjax.model import Params, bind
 from kdjax.parallel.axes import VOCABULARY_AXES
 from kdjax.training.layout import Layout
@@ -20,6 +20,7 @@ class Head:
     """Losses of the residual stream after the last layer, [B, T, D], for one microbatch; only inside `per_device`."""
 
     layout: Layout
+    teacher_unembed: jax.Array | None = None  # this device's rows of it, [W, E], if a teacher runs on the mesh
 
     @functools.cached_property
     def objective(self) -> Objective:
@@ -52,15 +53,30 @@ class Head:
         if implementation == "gathered" and objective.sft_loss_weight != 0:
             implementation = None  # validation measures the SFT term too, which K gathered rows cannot tell
         hidden_BxTxD = model.final_norm(y)
+        unembed_WxD = model.unembedding().astype(hidden_BxTxD.dtype)
+        axes = VOCABULARY_AXES if shards.vocabulary > 1 else None
+        if self.teacher_unembed is not None:
+            assert batch.teacher_hidden is not None
+            return teacher_losses(
+                objective,
+                hidden_BxTxD,
+                unembed_WxD,
+                TeacherStates(batch.teacher_hidden, self.teacher_unembed),
+                batch.labels,
+                batch.loss_mask,
+                axis_name=axes,
+                vocab_size=config.model.vocab_size,
+                implementation=implementation,
+            )
         return linear_losses(
             objective,
             hidden_BxTxD,
-            model.unembedding().astype(hidden_BxTxD.dtype),
+            unembed_WxD,
             Supervision(
                 batch.topk_logits, batch.topk_token_ids, batch.labels, batch.log_sum_exp_logits, batch.topk_weights
             ),
             batch.loss_mask,
-            axis_name=VOCABULARY_AXES if shards.vocabulary > 1 else None,
+            axis_name=axes,
             vocab_size=None if config.loss.include_vocab_padding else config.model.vocab_size,
             implementation=implementation,
         )
@@ -69,7 +85,8 @@ class Head:
         """Returns the loss sums and the teacher's statistics, each with the microbatch's tokens as its count."""
         totals = {name: total for name, total in sums._asdict().items() if total is not None}
         tokens = totals.pop("tokens")
-        totals["teacher_entropy"] = _masked_sum(batch, self._teacher_entropy(batch))
+        if sums.teacher_entropy is None:
+            totals["teacher_entropy"] = _masked_sum(batch, self._teacher_entropy(batch))
         if batch.log_sum_exp_logits is not None and not self.objective.sampled:
             log_mass_BxT = jax.nn.logsumexp(batch.topk_logits, axis=-1) - batch.log_sum_exp_logits
             totals["teacher_topk_mass"] = _masked_sum(batch, jnp.exp(log_mass_BxT))

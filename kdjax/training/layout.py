@@ -36,6 +36,7 @@ class Layout:
 
     config: Config
     mesh: Mesh
+    teacher: "Layout | None" = None  # of `teacher.checkpoint`: its model with the run's rows, on the same mesh
 
     @property
     def shards(self) -> meshes.Shards:
@@ -111,9 +112,21 @@ class Layout:
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, self.state
         )
 
+    def abstract_params(self) -> Params:
+        """Returns the shapes, dtypes and shardings of the parameters alone."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            param_shapes(self.config.model),
+            self.params,
+        )
+
     def abstract_batch(self, top_k: int) -> Batch:
-        """Returns a global batch's shapes, dtypes and shardings, to compile with."""
+        """Returns a global batch's shapes, dtypes and shardings, to compile with.
+
+        With a teacher on the mesh there are no entries, whatever `top_k`.
+        """
         data, rows = self.config.data, NamedSharding(self.mesh, meshes.ROWS)
+        top_k = top_k if self.teacher is None else 0
 
         def shape(dtype: Any, *rest: int) -> Any:
             size = (self.config.batch.global_size, data.sequence_length, *rest)
@@ -125,7 +138,7 @@ class Layout:
             loss_mask=shape(jnp.float32),
             topk_logits=shape(jnp.float32, top_k),
             topk_token_ids=shape(jnp.int32, top_k),
-            log_sum_exp_logits=shape(jnp.float32),
+            log_sum_exp_logits=shape(jnp.float32) if self.teacher is None else None,
             positions=shape(jnp.int32) if data.pack else None,
             segment_ids=shape(jnp.int32) if data.pack else None,
             topk_weights=shape(jnp.float32, top_k) if self.config.loss.targets == "sampled" else None,
@@ -138,6 +151,7 @@ class Layout:
 
     def microbatches(self, rows: Rows) -> tuple[pipeline.Schedule, Rows]:
         """Splits one device's rows [B, ...] into microbatches [M, B/M, ...]; returns their schedule too."""
-        split = jax.tree.map(lambda x: x.reshape(-1, self.config.batch.microbatch_size, *x.shape[1:]), rows)
+        size = self.config.batch.microbatch_size
+        split = jax.tree.map(lambda x: x.reshape(len(x) // size, size, *x.shape[1:]), rows)
         schedule = pipeline.Schedule(self.mesh.shape[PIPE], self.config.mesh.interleave, len(jax.tree.leaves(split)[0]))
         return schedule, split

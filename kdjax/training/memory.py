@@ -27,12 +27,13 @@ def held_bytes(layout: Layout) -> dict[str, int]:
 
     sizes = jax.tree.map(gradient_and_copy, shapes, rounded, layout.gathered_specs)
     pairs = jax.tree.leaves(sizes, is_leaf=lambda x: isinstance(x, tuple))
-    return {
+    held = {
         "parameters": device_bytes(state.params),
         "optimiser": device_bytes(state.opt_state),
         "gradients": sum(gradient for gradient, _ in pairs),
         "parameters, gathered and rounded": sum(copy for _, copy in pairs),
     }
+    return held if layout.teacher is None else held | {"teacher": device_bytes(layout.teacher.abstract_params())}
 
 
 def device_bytes(tree: Any) -> int:

@@ -3,8 +3,12 @@
 On each device a step gathers the parameters it holds shards of, runs its microbatches (one after the other, or several
 at once through the stages of a pipeline), and adds up gradients and sums. Then come one sum over the devices, which
 leaves each with its shard of the gradients, one division by the token count, and one update of that shard.
+
+With a teacher on the mesh (`layout.teacher`), its forward pass over all microbatches comes first, and the student's
+head gets its hidden states of the microbatch. Both steps then take its parameters as a last argument.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from kdjax.model import Params, bind, in_compute_dtype
 from kdjax.parallel import pipeline
-from kdjax.parallel.collectives import per_device, sum_over_batch_axes
+from kdjax.parallel.collectives import after, per_device, sum_over_batch_axes
 from kdjax.parallel.mesh import REPLICATED, ROWS
 from kdjax.parallel.sharding import gather_params, sum_to_shards
 from kdjax.training.head import Head, Sums
@@ -27,7 +31,7 @@ from kdjax.types import Batch, SumCount
 Metrics = dict[str, jax.Array]
 
 
-def make_train_step(layout: Layout) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(layout: Layout) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted update. Its metrics are device scalars; losses are means in nats per token.
 
     A step whose gradient is not finite, or whose batch holds no unmasked token, changes only the step number and
@@ -37,8 +41,8 @@ def make_train_step(layout: Layout) -> Callable[[TrainState, Batch], tuple[Train
     tx, rate = optimizer(config.optim), learning_rate(config.optim, config.train.steps)
     gradient = _make_gradient(layout)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, sums = gradient(state.params, batch)
+    def train_step(state: TrainState, batch: Batch, teacher: Params | None = None) -> tuple[TrainState, Metrics]:
+        grads, sums = gradient(state.params, batch, teacher)
         grads = jax.tree.map(lambda g: SumCount(g, sums["loss"].count).mean, grads)
         grad_norm, lr = optax.tree.norm(grads), rate(state.step)
         # Each device updates the part that it keeps optimiser state of; the result is gathered to the params' shards.
@@ -57,39 +61,83 @@ def make_train_step(layout: Layout) -> Callable[[TrainState, Batch], tuple[Train
     return jax.jit(train_step, donate_argnums=0, out_shardings=(layout.state, layout.replicated))
 
 
-def make_eval_step(layout: Layout) -> Callable[[Params, Batch], Sums]:
+def make_eval_step(layout: Layout) -> Callable[..., Sums]:
     """Returns the jitted evaluation of one global batch: a sum and a count for each metric, to add up over batches."""
     specs = layout.stage_param_specs
-    parts = parts_of(layout, Head(layout).evaluate)
 
-    def evaluate(params: Params, rows: Batch) -> Sums:
-        schedule, microbatches = layout.microbatches(rows)
+    def evaluate(params: Params, rows: Batch, teacher: Params | None) -> Sums:
+        params, head, schedule, microbatches = _lessons(layout, params, rows, teacher)
+        parts = parts_of(layout, head.evaluate)
         _, sums = pipeline.losses(parts, schedule, *gathered(layout, params, specs), microbatches)
         return sum_over_batch_axes(sums)
 
-    local = per_device(evaluate, layout.mesh, (specs, ROWS), REPLICATED)
-    return jax.jit(lambda params, batch: local(layout.by_stage(params), batch))
+    local = per_device(evaluate, layout.mesh, (specs, ROWS, _teacher_specs(layout)), REPLICATED)
+
+    def of_stacked(params: Params, batch: Batch, teacher: Params | None = None) -> Sums:
+        return local(layout.by_stage(params), batch, _teacher_by_stage(layout, teacher))
+
+    return jax.jit(of_stacked)
 
 
-def _make_gradient(layout: Layout) -> Callable[[Params, Batch], tuple[Params, Sums]]:
-    """Returns the function (parameters, global batch) -> gradient of the loss summed over the batch, and the sums."""
+def _make_gradient(layout: Layout) -> Callable[[Params, Batch, Params | None], tuple[Params, Sums]]:
+    """Returns the function (parameters, global batch, teacher's parameters) -> gradient of the summed loss, sums."""
     specs, grad_specs = layout.stage_param_specs, layout.stage_state_specs
-    parts = parts_of(layout, Head(layout).train)
     differentiate = {"1f1b": pipeline.gradients, "gpipe": pipeline.gpipe_gradients}[layout.config.mesh.schedule]
 
-    def gradient(params: Params, rows: Batch) -> tuple[Params, Sums]:
-        schedule, microbatches = layout.microbatches(rows)
+    def gradient(params: Params, rows: Batch, teacher: Params | None) -> tuple[Params, Sums]:
+        params, head, schedule, microbatches = _lessons(layout, params, rows, teacher)
+        parts = parts_of(layout, head.train)
         grads, chunk_grads, sums = differentiate(parts, schedule, *gathered(layout, params, specs), microbatches)
         grads["layers"] = jax.tree.map(lambda g: jnp.expand_dims(g, 1), chunk_grads)
         return sum_to_shards(grads, grad_specs), sum_over_batch_axes(sums)
 
-    local = per_device(gradient, layout.mesh, (specs, ROWS), (grad_specs, REPLICATED))
+    local = per_device(gradient, layout.mesh, (specs, ROWS, _teacher_specs(layout)), (grad_specs, REPLICATED))
 
-    def of_stacked(params: Params, batch: Batch) -> tuple[Params, Sums]:
-        grads, sums = local(layout.by_stage(params), batch)
+    def of_stacked(params: Params, batch: Batch, teacher: Params | None) -> tuple[Params, Sums]:
+        grads, sums = local(layout.by_stage(params), batch, _teacher_by_stage(layout, teacher))
         return grads | {"layers": pipeline.stacked(grads["layers"])}, sums
 
     return of_stacked
+
+
+def _teacher_specs(layout: Layout) -> Any:
+    return REPLICATED if layout.teacher is None else layout.teacher.stage_param_specs
+
+
+def _teacher_by_stage(layout: Layout, teacher: Params | None) -> Params | None:
+    if layout.teacher is None:
+        return None
+    assert teacher is not None, "this step takes the teacher's parameters as its last argument"
+    return layout.teacher.by_stage(teacher)
+
+
+def _lessons(
+    layout: Layout, params: Params, rows: Batch, teacher: Params | None
+) -> tuple[Params, Head, pipeline.Schedule, Batch]:
+    """Returns the parameters, the head, the schedule and the microbatches, with what a teacher on the mesh says of each.
+
+    The student's parameters wait for the teacher to finish, so that those of both are never gathered at the same time.
+    """
+    schedule, microbatches = layout.microbatches(rows)
+    if layout.teacher is None or teacher is None:
+        return params, Head(layout), schedule, microbatches
+    hidden_MxBxTxE, unembed_WxE = _teacher_states(layout.teacher, teacher, rows)
+    params, hidden_MxBxTxE = jax.lax.optimization_barrier((params, hidden_MxBxTxE))
+    tokens = after(hidden_MxBxTxE, microbatches.tokens)
+    taught = dataclasses.replace(microbatches, tokens=tokens, teacher_hidden=hidden_MxBxTxE)
+    return params, Head(layout, unembed_WxE), schedule, taught
+
+
+def _teacher_states(layout: Layout, params: Params, rows: Batch) -> tuple[jax.Array, jax.Array]:
+    """Returns a teacher's hidden states after its final norm, on all stages, and this device's rows of its unembedding.
+
+    `layout` is the teacher's.
+    """
+    shared, layers = gathered(layout, params, layout.stage_param_specs)
+    model = bind(layout.config.model, shared, layout.shards)
+    parts = parts_of(layout, lambda shared, y, batch: (model.final_norm(y), None))
+    schedule, microbatches = layout.microbatches(rows)
+    return pipeline.outputs(parts, schedule, shared, layers, microbatches), model.unembedding()
 
 
 def gathered(layout: Layout, params: Params, specs: dict[str, PartitionSpec]) -> tuple[Params, Params]:

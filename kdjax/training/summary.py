@@ -44,12 +44,25 @@ def print_summary(layout: Layout, train_set: Dataset, val_set: Dataset | None) -
         if data is not None:
             print("\n".join(f"{name}: {line}" for line in data.summary()))
     objective = Objective.from_settings(config.loss)
+    if layout.teacher is not None:
+        print(_teacher(layout, layout.teacher))
     if train_set.top_k == 1 and not objective.needs_teacher_log_sum and objective.kd_loss_weight > 0:
         log.warning(
             "with one teacher entry per position, renormalised, the KD loss is always 0; use loss.tail = 'ghost'"
         )
     print(_sizes(layout, train_set.top_k))
     print(_learning_rates(config), flush=True)
+
+
+def _teacher(layout: Layout, teacher: Layout) -> str:
+    """Returns the line about the teacher that the student learns from."""
+    config, model = layout.config, teacher.config.model
+    count = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(model)))
+    return (
+        f"learns from {config.teacher.checkpoint} on the mesh ({count:,} parameters, {model.layers} layers, "
+        f"{model.dtype}, {held_bytes(layout)['teacher'] / GIB:.2f} GiB on each device): {config.loss.kd_loss} over all "
+        f"{model.vocab_size:,} token ids"
+    )
 
 
 def _sizes(layout: Layout, top_k: int) -> str:
@@ -80,7 +93,8 @@ def _sizes(layout: Layout, top_k: int) -> str:
         )
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     return (
-        f"{count:,} parameters; {state / GIB:.2f} GiB of parameters, gradients and optimiser state on each device; "
+        f"{count:,} parameters; {state / GIB:.2f} GiB of parameters, gradients and optimiser state "
+        f"{'' if layout.teacher is None else 'and teacher '}on each device; "
         f"{batch / 2**20:.1f} MiB a global batch; {mesh.size} x {device.device_kind} ({shape})"
         + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
     )

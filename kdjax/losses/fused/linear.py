@@ -5,14 +5,14 @@ with the logits recomputed in the backward pass. This works because the result i
 cotangent can be multiplied in afterwards; it is why the weights of the positions come in as `loss_mask`. Liger-Kernel's
 fused linear cross-entropy (arXiv:2410.10989) does the same for labels.
 
-`dense.py` (all logits) and `gathered.py` (K of them) compute one chunk.
+`dense.py` (all logits) and `gathered.py` (K of them) compute one chunk. `teacher.py` does the same with two models.
 """
 
 import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from kdjax.losses.dispatch import LossCall
 from kdjax.losses.fused import dense, gathered
 from kdjax.losses.objective import LossSums, Supervision, computation_dtype
 from kdjax.losses.platform import platform, varying, zeros
+from kdjax.losses.vocabulary import Vocabulary
 
 # A chunk's logits take 4 C V bytes, and every chunk reads and writes the unembedding's gradient once. On two cores,
 # N = 1024, V = 49152, D = 128, float32, C = 128 was fastest: C = 64 687 ms, 36 MiB; 128 608 ms, 48 MiB; 256 680 ms,
@@ -44,7 +45,12 @@ class Chunk(NamedTuple):
 
     hidden: Float[Array, "*n C D"]
     weight: Float[Array, "*n C"]  # in the computation dtype
-    supervision: Supervision
+    supervision: Any  # `Supervision`, or another tree of arrays with one row for each position
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The computation dtype."""
+        return self.weight.dtype
 
     @property
     def masked(self) -> Bool[Array, "*n C"]:
@@ -55,9 +61,7 @@ class Chunk(NamedTuple):
         """Returns the hidden states for the matmuls: in `dtype`, 0 where masked."""
         return jnp.where(self.masked[..., None], 0, self.hidden).astype(dtype)
 
-    def sums(
-        self, losses: Losses, metrics: tuple[Float[Array, "C"], Float[Array, "C"]] | tuple[None, None]
-    ) -> LossSums:
+    def sums(self, losses: Losses, metrics: tuple[Float[Array, "C"] | None, ...]) -> LossSums:
         """Returns the sums over the chunk, weighted; a masked position adds nothing, whatever it holds."""
         terms = LossSums(*losses, jnp.ones_like(self.weight), *metrics)
         return jax.tree.map(lambda term: jnp.where(self.masked, 0, self.weight * term).sum(), terms)
@@ -79,13 +83,18 @@ def linear_losses(
     if chunk_tokens is None and _path(call) is gathered:
         chunk_tokens = GATHERED_CHUNK_TOKENS.get(platform(), GATHERED_CHUNK_TOKENS_ELSEWHERE)
     elif chunk_tokens is None:
-        chunk_tokens = DENSE_CHUNK_TOKENS.get(platform(), DENSE_CHUNK_TOKENS_ELSEWHERE)
+        chunk_tokens = dense_chunk_tokens()
     weight = loss_mask.astype(computation_dtype(hidden, unembed))
-    chunks = _split(Chunk(hidden, weight, supervision), chunk_tokens)
+    chunks = split(Chunk(hidden, weight, supervision), chunk_tokens)
     return _sums(call, chunks.hidden, unembed, chunks.weight, chunks.supervision)
 
 
-def _split(positions: Chunk, chunk_tokens: int) -> Chunk:
+def dense_chunk_tokens() -> int:
+    """Returns the number of positions whose logits exist at once, where the caller does not choose it."""
+    return DENSE_CHUNK_TOKENS.get(platform(), DENSE_CHUNK_TOKENS_ELSEWHERE)
+
+
+def split(positions: Chunk, chunk_tokens: int) -> Chunk:
     """Returns positions [B, T] as n even chunks of at most `chunk_tokens`, padded by less than one token per chunk."""
     tokens = positions.weight.size
     n = max(1, math.ceil(tokens / chunk_tokens))
@@ -120,11 +129,11 @@ def _sums(
         losses, metrics, _ = _path(call).evaluate_chunk(call, hidden_CxD, operand_WxD, chunk.supervision)
         return chunk.sums(losses, metrics)
 
-    start = _no_sums(evaluate, chunks)
-    return jax.lax.scan(lambda sums, chunk: (_add(sums, evaluate(chunk)), None), start, chunks)[0]
+    start = no_sums(evaluate, chunks)
+    return jax.lax.scan(lambda sums, chunk: (add(sums, evaluate(chunk)), None), start, chunks)[0]
 
 
-class _Gradients(NamedTuple):
+class Gradients(NamedTuple):
     """Derivatives of the loss sum in the computation dtype; empty arrays carry the types to return them in."""
 
     hidden: Float[Array, "n C D"]
@@ -139,7 +148,7 @@ def _sums_and_gradients(
     unembed_WxD: Float[Array, "W D"],
     weight: Float[Array, "n C"],
     supervision: Supervision,
-) -> tuple[LossSums, _Gradients]:
+) -> tuple[LossSums, Gradients]:
     """Returns the sums and both gradients of the loss sum: three matmuls, accumulated in the computation dtype."""
     chunks = Chunk(hidden, weight, supervision)
     operand_WxD = _operand(chunks, unembed_WxD)
@@ -155,23 +164,30 @@ def _sums_and_gradients(
 
     def body(carry: tuple[LossSums, Array], chunk: Chunk) -> tuple[tuple[LossSums, Array], Float[Array, "C D"]]:
         sums, unembed_ct, hidden_ct = evaluate(carry[1], chunk)
-        return (_add(carry[0], sums), unembed_ct), hidden_ct
+        return (add(carry[0], sums), unembed_ct), hidden_ct
 
     no_gradient = zeros(unembed_WxD.shape, weight.dtype, chunks, unembed_WxD)
-    start = (_no_sums(lambda chunk: evaluate(no_gradient, chunk)[0], chunks), no_gradient)
+    start = (no_sums(lambda chunk: evaluate(no_gradient, chunk)[0], chunks), no_gradient)
     (sums, unembed_ct), hidden_ct = jax.lax.scan(body, start, chunks)
-    return sums, _Gradients(hidden_ct, unembed_ct, hidden[:0], unembed_WxD[:0])
+    return sums, Gradients(hidden_ct, unembed_ct, hidden[:0], unembed_WxD[:0])
 
 
 def _scale_gradients(
-    call: LossCall, gradients: _Gradients, sums_ct: LossSums
+    call: LossCall, gradients: Gradients, sums_ct: LossSums
 ) -> tuple[Float[Array, "n C D"], Float[Array, "W D"], None, None]:
+    """Returns the gradients times the loss's cotangent; what the student learns from has none."""
+    return *scale_gradients(call.vocabulary, gradients, sums_ct), None, None
+
+
+def scale_gradients(
+    vocabulary: Vocabulary, gradients: Gradients, sums_ct: LossSums
+) -> tuple[Float[Array, "n C D"], Float[Array, "W D"]]:
     """Returns the gradients times the loss's cotangent, summed over shards, rounded to the arguments' dtypes last."""
-    hidden_ct = _sum_over_copies(
-        sums_ct.loss * gradients.hidden, gradients.like_hidden, call.vocabulary.axis_names
-    ).astype(gradients.like_hidden.dtype)
+    hidden_ct = _sum_over_copies(sums_ct.loss * gradients.hidden, gradients.like_hidden, vocabulary.axis_names).astype(
+        gradients.like_hidden.dtype
+    )
     unembed_ct = _sum_over_copies(sums_ct.loss * gradients.unembed, gradients.like_unembed, ())
-    return hidden_ct, unembed_ct.astype(gradients.like_unembed.dtype), None, None
+    return hidden_ct, unembed_ct.astype(gradients.like_unembed.dtype)
 
 
 _sums.defvjp(_sums_and_gradients, _scale_gradients)
@@ -192,11 +208,11 @@ def _operand(chunks: Chunk, unembed_WxD: Float[Array, "W D"]) -> Float[Array, "W
     return unembed_WxD.astype(jnp.result_type(chunks.hidden, unembed_WxD))
 
 
-def _no_sums(evaluate: Callable[[Chunk], LossSums], chunks: Chunk) -> LossSums:
+def no_sums(evaluate: Callable[[Chunk], LossSums], chunks: Chunk) -> LossSums:
     """Returns zero sums of the types that `evaluate` returns."""
     sums = jax.eval_shape(evaluate, jax.tree.map(lambda x: x[0], chunks))
     return jax.tree.map(lambda s: zeros(s.shape, s.dtype, s), sums)
 
 
-def _add(a: LossSums, b: LossSums) -> LossSums:
+def add(a: LossSums, b: LossSums) -> LossSums:
     return jax.tree.map(jnp.add, a, b)
