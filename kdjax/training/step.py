@@ -114,7 +114,7 @@ def _teacher_by_stage(layout: Layout, teacher: Params | None) -> Params | None:
 def _lessons(
     layout: Layout, params: Params, rows: Batch, teacher: Params | None
 ) -> tuple[Params, Head, pipeline.Schedule, Batch]:
-    """Returns the parameters, the head, the schedule and the microbatches, with what a teacher on the mesh says of each.
+    """Returns parameters, head, schedule and microbatches, with what a teacher on the mesh says of each microbatch.
 
     The student's parameters wait for the teacher to finish, so that those of both are never gathered at the same time.
     """
