@@ -140,6 +140,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole: tuple[Path, Ou
     jax.tree.map(np.testing.assert_array_equal, finished.state, expected.state)
 
 
+@pytest.mark.slow
 def test_another_device_count_and_microbatch_go_on_from_the_same_checkpoint(
     whole: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
