@@ -1,6 +1,7 @@
 """Eight fake CPU devices on any machine, quick compilation, and a compilation cache that all workers share."""
 
 import importlib.metadata
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -28,6 +29,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the files with slow tests first, the longest before all, so that no worker ends on a long one alone."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name != "test_readme.py", item.path not in slow))
+
+
+@pytest.fixture(autouse=True)
+def _forget_streams() -> Iterator[None]:
+    """Removes the log handlers that `kdjax.cli.run` installs: they write to a stream that pytest closes."""
+    yield
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
 
 
 @pytest.fixture

@@ -179,6 +179,7 @@ def test_a_step_that_was_damaged_is_saved_again(whole: tuple[Path, Outcome], tmp
     assert told(workdir) == told(directory / "run")
 
 
+@pytest.mark.slow
 def test_another_device_count_and_microbatch_go_on_from_the_same_checkpoint(
     whole: tuple[Path, Outcome], tmp_path: Path
 ) -> None:

@@ -15,6 +15,8 @@ from loss_oracle import assert_close, jit, make_inputs, oracle, vanishing_tail
 from kdjax.losses import linear_topk_kd_loss, topk_kd_loss
 from kdjax.types import UserError
 
+pytestmark = pytest.mark.slow  # compiles for eight devices
+
 SHAPE = B, T, V, K = (2, 5, 61, 7)
 D = 3
 AXES = ("tensor", "pipe")  # tensor is the major one

@@ -76,6 +76,7 @@ def test_the_critical_path_is_that_of_1f1b(schedule: Schedule) -> None:
         assert schedule.bubble < dataclasses.replace(schedule, chunks=1).bubble
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule", [Schedule(3, 1, 4), Schedule(3, 2, 5), Schedule(3, 3, 2), Schedule(1, 1, 4)], ids=str
 )

@@ -73,6 +73,7 @@ def oracle(config: Config, batch: Batch) -> tuple[float, Any]:
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
+@pytest.mark.slow
 def test_nemo_reduction_is_the_mean_of_microbatch_means(config: Config) -> None:
     batch = first_batch(config)
     means = []
@@ -196,6 +197,7 @@ def test_teacher_statistics(config: Config) -> None:
     assert 0 < metrics["student_topk_mass"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
