@@ -6,13 +6,14 @@
 """
 
 from kdjax.losses.api import linear_losses, linear_topk_kd_loss, teacher_losses, topk_kd_loss
-from kdjax.losses.objective import LossSums, Objective, Supervision, TeacherStates
+from kdjax.losses.objective import LossSums, Objective, Supervision, TeacherStates, TeacherSums
 
 __all__ = [
     "LossSums",
     "Objective",
     "Supervision",
     "TeacherStates",
+    "TeacherSums",
     "linear_losses",
     "linear_topk_kd_loss",
     "teacher_losses",

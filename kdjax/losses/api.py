@@ -52,6 +52,7 @@ from kdjax.losses.objective import (
     Objective,
     Supervision,
     TeacherStates,
+    TeacherSums,
     check_ids,
     check_linear,
     check_logits,
@@ -245,7 +246,7 @@ def teacher_losses(
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     implementation: str | None = None,
-) -> LossSums:
+) -> TeacherSums:
     """Returns the losses against a teacher's whole distribution, without holding either model's logits [B, T, V].
 
     The divergence `objective.kd_loss` is summed over all token ids; `fused/teacher.py` has the formulae. Differentiable
@@ -253,7 +254,7 @@ def teacher_losses(
     hidden states [B, T, E] and as many rows of an unembedding [V, E] as the student, for the same token ids.
 
     Returns:
-      `LossSums`, in which `student_topk_mass` is None and `teacher_entropy` is not.
+      `TeacherSums`, scalars in float32.
 
     Raises:
       UserError: a setting or an array cannot work; the message says why and what would.

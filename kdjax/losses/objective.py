@@ -198,7 +198,17 @@ class LossSums(NamedTuple):
     # student gives the K ids at logits_scale; None on the gathered path, which does not see the other logits.
     top1_agreement: Float[Array, ""] | None
     student_topk_mass: Float[Array, ""] | None
-    teacher_entropy: Float[Array, ""] | None = None  # over the whole vocabulary, of a teacher beside the student
+
+
+class TeacherSums(NamedTuple):
+    """`LossSums` where a teacher runs beside the student, whose ids are then all ids. Only `loss` has a gradient."""
+
+    loss: Float[Array, ""]
+    kd_loss: Float[Array, ""]
+    sft_loss: Float[Array, ""]
+    tokens: Float[Array, ""]
+    top1_agreement: Float[Array, ""]
+    teacher_entropy: Float[Array, ""]  # over the whole vocabulary
 
 
 def supervise(objective: Objective, supervision: Supervision) -> Supervision:

@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kdjax.losses.objective import LossSums, Objective, Supervision, TeacherStates, computation_dtype
+from kdjax.losses.objective import LossSums, Objective, Supervision, TeacherStates, TeacherSums, computation_dtype
 
 # Log-probability of an absent entry, in both distributions: its probability exp(-1e30) is 0 and, unlike -inf, it can be
 # subtracted from itself.
@@ -139,7 +139,7 @@ def teacher_losses(
     teacher: TeacherStates,
     labels: Int[Array, "B T"],
     loss_mask: Float[Array, "B T"],
-) -> LossSums:
+) -> TeacherSums:
     """Returns the sums of `kdjax.losses.teacher_losses`, computed from all logits of both models at once."""
     dtype = computation_dtype(hidden, unembed)
     weight = loss_mask.astype(dtype)
@@ -161,7 +161,7 @@ def teacher_losses(
     agrees = jnp.where(z_top >= z_BxTxV.max(axis=-1), 1.0, 0.0)
     entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
     kd, sft = jax.lax.stop_gradient((kd, sft))
-    terms = LossSums(loss, kd, sft, jnp.ones_like(loss), agrees, None, entropy)
+    terms = TeacherSums(loss, kd, sft, jnp.ones_like(loss), agrees, entropy)
     return jax.tree.map(lambda term: jnp.where(weight == 0, 0, weight * term).sum(), terms)
 
 

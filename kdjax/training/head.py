@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kdjax.losses import LossSums, Objective, Supervision, TeacherStates, linear_losses, teacher_losses
+from kdjax.losses import LossSums, Objective, Supervision, TeacherStates, TeacherSums, linear_losses, teacher_losses
 from kdjax.model import Params, bind
 from kdjax.parallel.axes import VOCABULARY_AXES
 from kdjax.training.layout import Layout
@@ -46,7 +46,7 @@ class Head:
         loss = self.objective.kd_loss_weight * sums.kd_loss + self.objective.sft_loss_weight * sums.sft_loss
         return loss, self._by_token(sums._replace(loss=loss), batch)
 
-    def _loss_sums(self, objective: Objective, shared: Params, y: jax.Array, batch: Batch) -> LossSums:
+    def _loss_sums(self, objective: Objective, shared: Params, y: jax.Array, batch: Batch) -> LossSums | TeacherSums:
         config, shards = self.layout.config, self.layout.shards
         model = bind(config.model, shared, shards)
         implementation = config.loss.implementation
@@ -81,11 +81,11 @@ class Head:
             implementation=implementation,
         )
 
-    def _by_token(self, sums: LossSums, batch: Batch) -> Sums:
+    def _by_token(self, sums: LossSums | TeacherSums, batch: Batch) -> Sums:
         """Returns the loss sums and the teacher's statistics, each with the microbatch's tokens as its count."""
         totals = {name: total for name, total in sums._asdict().items() if total is not None}
         tokens = totals.pop("tokens")
-        if sums.teacher_entropy is None:
+        if "teacher_entropy" not in totals:
             totals["teacher_entropy"] = _masked_sum(batch, self._teacher_entropy(batch))
         if batch.log_sum_exp_logits is not None and not self.objective.sampled:
             log_mass_BxT = jax.nn.logsumexp(batch.topk_logits, axis=-1) - batch.log_sum_exp_logits

@@ -74,7 +74,8 @@ def test_a_damaged_step_is_passed_over_and_kept(
     assert (int(found.step), meta) == (3, {"data": "records of 3"})
     jax.tree.map(np.testing.assert_array_equal, found.params, state(3).params)
     assert f"{tmp_path}/checkpoints/5 CANNOT BE READ; trying the one before it" in caplog.text
-    assert (tmp_path / "checkpoints" / "5").exists()
+    assert not (tmp_path / "checkpoints" / "5").exists()
+    assert (tmp_path / "damaged" / "5-0" / "params").is_dir()
 
 
 def test_damaged_steps_only(saved: RunCheckpoints, tmp_path: Path) -> None:

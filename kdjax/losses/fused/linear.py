@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 from kdjax.losses.closed_form import Losses
 from kdjax.losses.dispatch import LossCall
 from kdjax.losses.fused import dense, gathered
-from kdjax.losses.objective import LossSums, Supervision, computation_dtype
+from kdjax.losses.objective import LossSums, Supervision, TeacherSums, computation_dtype
 from kdjax.losses.platform import platform, varying, zeros
 from kdjax.losses.vocabulary import Vocabulary
 
@@ -38,6 +38,8 @@ DENSE_CHUNK_TOKENS_ELSEWHERE = 2048
 # 33 MiB. 256 keep an accelerator's rows to 128 MiB at K = 64, D = 4096 in bfloat16.
 GATHERED_CHUNK_TOKENS = {"cpu": 32}
 GATHERED_CHUNK_TOKENS_ELSEWHERE = 256
+
+Sums = TypeVar("Sums")  # LossSums or TeacherSums
 
 
 class Chunk(NamedTuple):
@@ -61,9 +63,8 @@ class Chunk(NamedTuple):
         """Returns the hidden states for the matmuls: in `dtype`, 0 where masked."""
         return jnp.where(self.masked[..., None], 0, self.hidden).astype(dtype)
 
-    def sums(self, losses: Losses, metrics: tuple[Float[Array, "C"] | None, ...]) -> LossSums:
-        """Returns the sums over the chunk, weighted; a masked position adds nothing, whatever it holds."""
-        terms = LossSums(*losses, jnp.ones_like(self.weight), *metrics)
+    def sums(self, terms: Sums) -> Sums:
+        """Returns the terms' sums over the chunk, weighted; a masked position adds nothing, whatever it holds."""
         return jax.tree.map(lambda term: jnp.where(self.masked, 0, self.weight * term).sum(), terms)
 
 
@@ -108,6 +109,10 @@ def split(positions: Chunk, chunk_tokens: int) -> Chunk:
     return jax.tree.map(chunked, positions)
 
 
+def _terms(losses: Losses, chunk: Chunk, metrics: tuple[Array, Array] | tuple[None, None]) -> LossSums:
+    return LossSums(*losses, jnp.ones_like(chunk.weight), *metrics)
+
+
 def _path(call: LossCall) -> ModuleType:
     return gathered if call.implementation == "gathered" else dense
 
@@ -127,7 +132,7 @@ def _sums(
     def evaluate(chunk: Chunk) -> LossSums:
         hidden_CxD = chunk.operand(operand_WxD.dtype)
         losses, metrics, _ = _path(call).evaluate_chunk(call, hidden_CxD, operand_WxD, chunk.supervision)
-        return chunk.sums(losses, metrics)
+        return chunk.sums(_terms(losses, chunk, metrics))
 
     start = no_sums(evaluate, chunks)
     return jax.lax.scan(lambda sums, chunk: (add(sums, evaluate(chunk)), None), start, chunks)[0]
@@ -160,7 +165,7 @@ def _sums_and_gradients(
         hidden_ct, unembed_ct = path.differentiate_chunk(
             call, hidden_CxD, operand_WxD, chunk.supervision, residuals, chunk.weight, unembed_ct
         )
-        return chunk.sums(losses, metrics), unembed_ct, hidden_ct
+        return chunk.sums(_terms(losses, chunk, metrics)), unembed_ct, hidden_ct
 
     def body(carry: tuple[LossSums, Array], chunk: Chunk) -> tuple[tuple[LossSums, Array], Float[Array, "C D"]]:
         sums, unembed_ct, hidden_ct = evaluate(carry[1], chunk)
@@ -180,7 +185,7 @@ def _scale_gradients(
 
 
 def scale_gradients(
-    vocabulary: Vocabulary, gradients: Gradients, sums_ct: LossSums
+    vocabulary: Vocabulary, gradients: Gradients, sums_ct: LossSums | TeacherSums
 ) -> tuple[Float[Array, "n C D"], Float[Array, "W D"]]:
     """Returns the gradients times the loss's cotangent, summed over shards, rounded to the arguments' dtypes last."""
     hidden_ct = _sum_over_copies(sums_ct.loss * gradients.hidden, gradients.like_hidden, vocabulary.axis_names).astype(
@@ -208,11 +213,11 @@ def _operand(chunks: Chunk, unembed_WxD: Float[Array, "W D"]) -> Float[Array, "W
     return unembed_WxD.astype(jnp.result_type(chunks.hidden, unembed_WxD))
 
 
-def no_sums(evaluate: Callable[[Chunk], LossSums], chunks: Chunk) -> LossSums:
+def no_sums(evaluate: Callable[[Chunk], Sums], chunks: Chunk) -> Sums:
     """Returns zero sums of the types that `evaluate` returns."""
     sums = jax.eval_shape(evaluate, jax.tree.map(lambda x: x[0], chunks))
     return jax.tree.map(lambda s: zeros(s.shape, s.dtype, s), sums)
 
 
-def add(a: LossSums, b: LossSums) -> LossSums:
+def add(a: Sums, b: Sums) -> Sums:
     return jax.tree.map(jnp.add, a, b)

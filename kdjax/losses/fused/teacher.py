@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from kdjax.losses.closed_form import Losses
 from kdjax.losses.fused.linear import Chunk, Gradients, add, dense_chunk_tokens, no_sums, scale_gradients, split
-from kdjax.losses.objective import LossSums, Objective, TeacherStates, computation_dtype
+from kdjax.losses.objective import Objective, TeacherStates, TeacherSums, computation_dtype
 from kdjax.losses.platform import zeros
 from kdjax.losses.reference import ABSENT
 from kdjax.losses.vocabulary import Vocabulary
@@ -66,7 +66,7 @@ def linear_losses(
     labels: Int[Array, "B T"],
     loss_mask: Float[Array, "B T"],
     chunk_tokens: int | None = None,
-) -> LossSums:
+) -> TeacherSums:
     """Returns the sums over all positions, by `lax.scan` over chunks of at most `chunk_tokens` of them.
 
     The gradient needs, beside its results, about [W, D] and one chunk's logits [C, W] of both models in float32.
@@ -86,11 +86,11 @@ def _sums(
     weight: Float[Array, "n C"],
     lesson: Lesson,
     teacher_WxE: Float[Array, "W E"],
-) -> LossSums:
+) -> TeacherSums:
     """Returns the sums without gradients: one matmul for each model."""
     chunks = Chunk(hidden, weight, lesson)
 
-    def evaluate(chunk: Chunk) -> LossSums:
+    def evaluate(chunk: Chunk) -> TeacherSums:
         return _sums_of(chunk, _evaluate_chunk(call, chunk, unembed_WxD, teacher_WxE))
 
     start = no_sums(evaluate, chunks)
@@ -104,11 +104,11 @@ def _sums_and_gradients(
     weight: Float[Array, "n C"],
     lesson: Lesson,
     teacher_WxE: Float[Array, "W E"],
-) -> tuple[LossSums, Gradients]:
+) -> tuple[TeacherSums, Gradients]:
     """Returns the sums and both gradients of the loss sum: four matmuls, accumulated in the computation dtype."""
     chunks, dtype = Chunk(hidden, weight, lesson), weight.dtype
 
-    def evaluate(chunk: Chunk) -> tuple[LossSums, Array, Array]:
+    def evaluate(chunk: Chunk) -> tuple[TeacherSums, Array, Array]:
         found = _evaluate_chunk(call, chunk, unembed_WxD, teacher_WxE)
         operand = jnp.result_type(chunk.hidden, unembed_WxD)
         logits_ct = _differentiate(call, chunk, found).astype(operand)
@@ -116,7 +116,7 @@ def _sums_and_gradients(
         unembed_ct = jnp.einsum("CW,CD->WD", logits_ct, chunk.operand(operand), preferred_element_type=dtype)
         return _sums_of(chunk, found), hidden_ct, unembed_ct
 
-    def body(carry: tuple[LossSums, Array], chunk: Chunk) -> tuple[tuple[LossSums, Array], Float[Array, "C D"]]:
+    def body(carry: tuple[TeacherSums, Array], chunk: Chunk) -> tuple[tuple[TeacherSums, Array], Float[Array, "C D"]]:
         sums, hidden_ct, unembed_ct = evaluate(chunk)
         return (add(carry[0], sums), carry[1] + unembed_ct), hidden_ct
 
@@ -127,7 +127,7 @@ def _sums_and_gradients(
 
 
 def _scale_gradients(
-    call: Call, gradients: Gradients, sums_ct: LossSums
+    call: Call, gradients: Gradients, sums_ct: TeacherSums
 ) -> tuple[Float[Array, "n C D"], Float[Array, "W D"], None, None, None]:
     """Returns the gradients times the loss's cotangent; what the student learns from has none."""
     return *scale_gradients(call.vocabulary, gradients, sums_ct), None, None, None
@@ -240,5 +240,6 @@ def _differentiate(call: Call, chunk: Chunk, found: Evaluated) -> Float[Array, "
     return jnp.where(chunk.masked[:, None], 0, objective.logits_scale * chunk.weight[:, None] * logits_ct)
 
 
-def _sums_of(chunk: Chunk, found: Evaluated) -> LossSums:
-    return chunk.sums(found.losses, (found.agrees, None, found.teacher_entropy))
+def _sums_of(chunk: Chunk, found: Evaluated) -> TeacherSums:
+    terms = TeacherSums(*found.losses, jnp.ones_like(chunk.weight), found.agrees, found.teacher_entropy)
+    return chunk.sums(terms)
