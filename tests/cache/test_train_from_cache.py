@@ -188,7 +188,7 @@ from kdjax.data.loader import train_batches
 data = DataConfig(sequence_length=512, verify_records=2)
 dataset = open_dataset((sys.argv[1],), data, vocab_size=50000)
 peaks = []
-for batch in train_batches(dataset, data, global_size=8, start_step=0, stop_step=120, rows=slice(0, 8)):
+for batch in train_batches(dataset, data, global_size=8, start_step=0, stop_step=60, rows=slice(0, 8)):
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print(peaks[20], peaks[-1])
 """
@@ -210,9 +210,9 @@ def test_memory_does_not_grow_with_what_was_read(tmp_path: Path) -> None:
                     template,
                     log_probs=-np.sort(noise.random((512, 64), np.float32)),
                     log_sums=np.full((2, 512), 9, np.float32),
-                    index=number * 120 + i,
+                    index=number * 60 + i,
                 )
-                for i in range(120)
+                for i in range(60)
             ),
         )
     size = sum(entry.bytes for entry in writer.finish(4).shards)
