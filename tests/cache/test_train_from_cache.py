@@ -44,6 +44,7 @@ def losses(workdir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.endswith("_s") and k != "memory_mib"} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [False, True])
 def test_fifty_steps_from_a_lossless_cache_have_the_same_bits(records: Path, tmp_path: Path, pack: bool) -> None:
     results = []
@@ -128,6 +129,7 @@ def test_json_has_the_logsumexp_of_the_unscaled_logits_only(records: Path) -> No
         )
 
 
+@pytest.mark.slow
 def test_training_with_label_tails_and_draws_learns(teacher: Path, prose: Path, tmp_path: Path) -> None:
     """A student of a small teacher follows it more closely after a few steps, whatever the targets."""
     build(teacher, tmp_path / "topk", prose, temperature=2.0)

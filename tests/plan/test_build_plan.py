@@ -5,7 +5,7 @@ import pytest
 from kdjax.plan import build
 from kdjax.types import UserError
 
-pytestmark = pytest.mark.usefixtures("compiler", "uncached")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiler", "uncached")]
 
 
 def test_a_large_teacher_fits_only_when_it_is_split(capsys: pytest.CaptureFixture[str]) -> None:

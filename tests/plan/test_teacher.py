@@ -15,7 +15,7 @@ from kdjax.plan import roofline, search, table
 from kdjax.plan.compile import make_plan
 from kdjax.plan.gpus import TARGETS, topology
 
-pytestmark = pytest.mark.usefixtures("compiler", "uncached")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiler", "uncached")]
 
 
 def test_the_teacher_is_counted(tmp_path: Path) -> None:

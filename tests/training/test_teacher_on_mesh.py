@@ -24,6 +24,8 @@ from kdjax.training.layout import Layout
 from kdjax.training.step import make_eval_step, make_train_step
 from kdjax.types import Batch, UserError
 
+pytestmark = pytest.mark.slow
+
 T, VOCAB = 7, 61
 STUDENT = {"layers": 2, "n_heads": 4, "head_dim": 4, "vocab_size": VOCAB, "padded_vocab_size": 64}
 ONE, EIGHT = (1, 1, 1, 1), (2, 2, 1, 2)  # pipe, data, fsdp, tensor
