@@ -1,10 +1,11 @@
 """What the commands share: the `kdjax` dispatcher, exit codes, logging and the progress bar."""
 
+import argparse
 import importlib
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -47,6 +48,40 @@ def run(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def run_subcommand(
+    commands: Mapping[str, str],
+    compute: Collection[str],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+) -> int:
+    """Runs the command that argv names, and returns its exit code.
+
+    `commands` gives each command's module, which has `add_arguments(parser)` and `run(arguments)`; its docstring is the
+    command's help. All but those in `compute` leave accelerators alone. Raises UserError for the user's mistakes.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=raw)
+    parsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, module_name in commands.items():
+        module = importlib.import_module(module_name)
+        text = (module.__doc__ or "").strip()
+        command = parsers.add_parser(
+            name,
+            help=text.splitlines()[0],
+            description=text.replace("%", "%%"),
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, computes=name in compute)
+    arguments = parser.parse_args(argv)
+    if not arguments.computes:
+        stay_on_host()
+    return arguments.run(arguments) or 0
 
 
 def stay_on_host() -> None:

@@ -125,12 +125,12 @@ def build(arguments: argparse.Namespace, texts: Sequence[Path], out: Path) -> No
         done = sum(lengths) - sum(lengths[i] for number in todo for i in shards[number])
         with Progress("building", sum(lengths), "token", start=done) as progress:
             for number in todo:
-                records = records_of(teacher, examples, shards[number], arguments, progress)
                 if number % jax.process_count() == jax.process_index():
+                    records = records_of(teacher, examples, shards[number], arguments, progress)
                     writer.write_shard(number, records)
-                else:
-                    for _ in records:
-                        pass
+                else:  # take part in the teacher's pass only
+                    for i, _ in teacher.targets(examples, shards[number]):
+                        progress.add(len(examples[i]))
     consensus.wait_for_all("all shards are complete")
     if consensus.is_process_zero():
         writer.finish(len(shards))

@@ -71,9 +71,7 @@ def take_statistics(record: StoredRecord, manifest: CacheManifest) -> Statistics
     mass_S = p.sum(axis=1)
     tail_S = np.clip(1 - mass_S, 1e-9, 1)
     entropy_S = -((p * np.where(p > 0, log_p, 0)).sum(axis=1) + tail_S * np.log(tail_S))
-    present = (record.log_probs if record.draws is None else record.draws)[unmasked_S] > -np.inf
-    if record.draws is not None:
-        present = np.isfinite(record.log_probs[unmasked_S])
+    present = np.isfinite(record.log_probs[unmasked_S])
     has_exact_S = (p > 0).any(axis=1)
     top_1_S = np.where(has_exact_S, np.take_along_axis(record.ids[unmasked_S], p.argmax(axis=1)[:, None], 1)[:, 0], -1)
     return Statistics(

@@ -8,7 +8,9 @@
 A document longer than a row is cut into rows that follow each other.
 """
 
+import contextlib
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -121,12 +123,10 @@ class Tokenizer:
         except Exception as error:  # a template may raise anything
             raise UserError(f"{where}: the tokenizer's chat template fails on these messages: {error}") from error
 
-    @property
+    @functools.cached_property
     def _chat_template(self) -> tuple[Any, dict[str, str]]:
-        """Returns the compiled template and the special tokens that it may use."""
-        if not hasattr(self, "_template"):
-            self._template = _read_template(self.path.parent)
-        return self._template
+        """The compiled template and the special tokens that it may use."""
+        return _read_template(self.path.parent)
 
 
 def _read_template(directory: Path) -> tuple[Any, dict[str, str]]:
@@ -174,59 +174,32 @@ def _byte_places(text: str) -> np.ndarray | range:
 def read_examples(paths: Sequence[Path], tokenizer: Tokenizer) -> Iterator[Example]:
     """Yields the documents of all files in order. Raises UserError for lines that are not what they should be."""
     for path in paths:
-        if {".jsonl", ".ndjson"} & set(path.suffixes):
-            with _open(path) as file:
+        with _open(path) as file:
+            if {".jsonl", ".ndjson"} & set(path.suffixes):
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield _line_example(line, tokenizer, f"{path}, line {number}")
-        else:
-            with _open(path) as file:
+            else:
                 yield tokenizer.encode(file.read())
 
 
-def _open(path: Path) -> IO[str]:
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[IO[str]]:
+    """Yields the text of a file, decompressed; what is wrong with its bytes becomes a UserError."""
     with explain_os_errors(path, "read this text"):
-        raw: Any = path.open("rb")
-    if path.suffix == ".gz":
-        raw = gzip.GzipFile(fileobj=raw)
-    elif path.suffix == ".zst":
-        raw = zstandard.ZstdDecompressor().stream_reader(raw)
-    return _Named(raw, path)
-
-
-class _Named(io.TextIOWrapper):
-    """Text whose decoding errors name the file."""
-
-    def __init__(self, raw: Any, path: Path):
-        super().__init__(raw, encoding="utf-8-sig", newline="")
-        self._path = path
-
-    def read(self, size: int | None = -1) -> str:
-        with self._errors():
-            return super().read(size)
-
-    def __next__(self) -> str:  # type: ignore[override]  # TextIOWrapper's is declared for bytes
-        with self._errors():
-            return super().__next__()
-
-    def _errors(self) -> Any:
-        return _explain_content_errors(self._path)
-
-
-class _explain_content_errors:
-    """A context that turns errors of damaged or foreign files into a UserError."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, UnicodeDecodeError):
-            raise UserError(f"{self._path}: not UTF-8 ({error}); convert it, or name another file") from error
-        if isinstance(error, OSError | EOFError | zstandard.ZstdError):
-            raise UserError(f"{self._path}: damaged or cut off ({error}); copy it again") from error
+        raw = path.open("rb")
+    with raw:
+        plain: Any = raw
+        if path.suffix == ".gz":
+            plain = gzip.GzipFile(fileobj=raw)
+        elif path.suffix == ".zst":
+            plain = zstandard.ZstdDecompressor().stream_reader(raw)
+        try:
+            yield io.TextIOWrapper(plain, encoding="utf-8-sig", newline="")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 ({error}); convert it, or name another file") from error
+        except (OSError, EOFError, zstandard.ZstdError) as error:
+            raise UserError(f"{path}: damaged or cut off ({error}); copy it again") from error
 
 
 def _line_example(line: str, tokenizer: Tokenizer, where: str) -> Example:

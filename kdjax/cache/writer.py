@@ -52,7 +52,7 @@ class CacheWriter:
 
     def __init__(self, directory: Path, manifest: CacheManifest, settings: Mapping[str, Any]):
         self.directory, self.manifest = directory, manifest
-        self._layout = manifest.layout
+        self._coding = manifest.coding
         settings = json.loads(json.dumps(dict(settings)))
         path = directory / SETTINGS
         if (directory / MANIFEST).exists():
@@ -77,7 +77,7 @@ class CacheWriter:
         tokens = unmasked = count = 0
         try:
             for record in records:
-                writer.write(record, encode(record, self._layout))
+                writer.write(record, encode(record, self._coding))
                 count, tokens = count + 1, tokens + len(record)
                 unmasked += int((record.loss_mask > 0).sum())
             writer.close()

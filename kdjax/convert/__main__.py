@@ -4,8 +4,6 @@ A command's module has `add_arguments(parser)` and `run(arguments)`, which may r
 docstring is the command's help.
 """
 
-import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 
@@ -20,32 +18,18 @@ COMMANDS = {
     "verify": "kdjax.convert.verify",
     "inspect": "kdjax.convert.inspect_model",
 }
+COMPUTE = ("verify",)  # this runs a model; the others leave accelerators alone
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Raises UserError for the user's mistakes."""
-    parser = argparse.ArgumentParser(
+    return cli.run_subcommand(
+        COMMANDS,
+        COMPUTE,
+        argv,
         prog="python -m kdjax.convert",
         description="Convert checkpoints to and from kdjax, verify and inspect them. Each command has its own --help.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, module_name in COMMANDS.items():
-        module = importlib.import_module(module_name)
-        text = (module.__doc__ or "").strip()
-        command = commands.add_parser(
-            name,
-            help=text.splitlines()[0],
-            description=text.replace("%", "%%"),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run, computes=name == "verify")
-    arguments = parser.parse_args(argv)
-    if not arguments.computes:
-        cli.stay_on_host()
-    return arguments.run(arguments) or 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdjax.data.shards.quantise import CODES, LARGEST, LOG_PROBS, dequantise, quantise
-from kdjax.data.shards.record_bytes import Layout, StoredRecord, VocabularyOrder, decode, encode
+from kdjax.data.shards.record_bytes import Coding, StoredRecord, VocabularyOrder, decode, encode
 from kdjax.data.shards.symbols import NUMBERS, DamagedError, Packed
 
 V = 97
@@ -37,7 +37,7 @@ def make(seed: int, length: int = 11, k: int = 6, vocab: int = V, **changes: Any
     return dataclasses.replace(record, **changes)
 
 
-QUANTISED, EXACT = Layout(ORDER, False, (1.0, 0.5)), Layout(ORDER, True, (1.0, 0.5))
+QUANTISED, EXACT = Coding(ORDER, False, (1.0, 0.5)), Coding(ORDER, True, (1.0, 0.5))
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=200))
@@ -133,17 +133,17 @@ def test_a_scale_other_than_one_scales_logits_and_their_logsumexp() -> None:
     np.testing.assert_array_equal(plain.log_sum_exp_logits, record.log_sums[1])
 
 
-@pytest.mark.parametrize("layout", [QUANTISED, EXACT])
-def test_every_flipped_bit_is_seen(layout: Layout) -> None:
-    stored = encode(make(4), layout)
+@pytest.mark.parametrize("coding", [QUANTISED, EXACT])
+def test_every_flipped_bit_is_seen(coding: Coding) -> None:
+    stored = encode(make(4), coding)
     rng = np.random.default_rng(0)
     for place in rng.choice(len(stored), 60, replace=False):
         damaged = bytearray(stored)
         damaged[place] ^= 1 << int(rng.integers(8))
         with pytest.raises(DamagedError, match="digest"):
-            decode(bytes(damaged), layout)
+            decode(bytes(damaged), coding)
     with pytest.raises(DamagedError):
-        decode(stored[:-1], layout)
+        decode(stored[:-1], coding)
 
 
 def test_a_hostile_frame_takes_no_more_memory_than_it_may() -> None:
@@ -160,7 +160,7 @@ def test_bytes_a_token_of_a_real_teacher() -> None:
     with gzip.open(BUNDLED) as file:
         lines = [json.loads(line) for line in file]
     counts = np.bincount(np.concatenate([line["tokens"] for line in lines]), minlength=49152)
-    layout = Layout(VocabularyOrder.by_count(counts), False, (1.0,))
+    coding = Coding(VocabularyOrder.by_count(counts), False, (1.0,))
     size = tokens = 0
     divergence = []
     for line in lines:
@@ -174,9 +174,9 @@ def test_bytes_a_token_of_a_real_teacher() -> None:
             np.zeros((1, len(log_sum)), np.float32),
             index=line["index"],
         )
-        stored = encode(record, layout)
+        stored = encode(record, coding)
         size, tokens = size + len(stored), tokens + len(record)
-        found = decode(stored, layout)
+        found = decode(stored, coding)
         here, there = np.argsort(record.ids, axis=1), np.argsort(found.ids, axis=1)
         np.testing.assert_array_equal(np.take_along_axis(record.ids, here, 1), np.take_along_axis(found.ids, there, 1))
         p, q = (

@@ -1,5 +1,6 @@
 """Megatron-LM's tar files of cached log-probabilities."""
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,17 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     (source / "other.tar").rename(source / "dp1__2.tar")
     with pytest.raises(UserError, match=r"dp1__2.tar: format version 3; versions 1 and 2 are read"):
         run_import(tmp_path / "cache", source, **flags)
+
+
+def test_a_description_that_is_no_file(tmp_path: Path) -> None:
+    _, tokens = write(tmp_path / "in", ranks=1)
+    (path,) = (tmp_path / "in").glob("*.tar")
+    with tarfile.open(path, "w") as archive:
+        entry = tarfile.TarInfo("_meta.json")
+        entry.type = tarfile.DIRTYPE
+        archive.addfile(entry)
+    with pytest.raises(UserError, match=r"dp0__2.tar: cannot be read as a tar file \(_meta.json is not a file\)"):
+        run_import(tmp_path / "cache", tmp_path / "in", vocab_size=VOCAB, tokens=tokens, format="megatron")
 
 
 def test_damaged_files(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ class Opened:
 
     files: Sequence[Records]
     facts: Manifest  # what the files, and the user, say of the teacher; `kind` is always there
-    has_label_log_probs: bool = False
+    label_files: Sequence[ForeignFile] | None = None  # the same files, if each record has its labels' log-probabilities
     manifests: Sequence[Manifest] = ()  # those beside the files, which must agree with the facts
 
 
@@ -70,11 +70,10 @@ class Foreign:
     Attributes:
         dataset: the records as training would read them.
         facts: what is known of the teacher; the vocabulary size always is.
-        has_label_log_probs: whether each record has the log-probabilities of its labels.
     """
 
     def __init__(self, opened: Opened, name: str, max_bad_records: int = 0, scratch_dir: str | None = None):
-        self.facts, self.has_label_log_probs = opened.facts, opened.has_label_log_probs
+        self.facts, self._label_files = opened.facts, opened.label_files
         if self.facts.vocab_size is None:
             raise UserError(
                 f"{name}: does not tell how many tokens the teacher's vocabulary has, and there is no manifest.json "
@@ -94,7 +93,6 @@ class Foreign:
             )
         requirements = Requirements(data, self.facts.vocab_size, need_log_sum_exp=False, ignore_teacher_ids=False)
         self.dataset: Dataset = survey_files(opened.files, requirements, opened.manifests, name)
-        self._files = opened.files
         self._ends = list(itertools.accumulate(len(file.index) for file in opened.files))
 
     @property
@@ -117,16 +115,21 @@ class Foreign:
         """Returns record `i` as a cache stores it. Raises UserError for damage beyond what is allowed."""
         record = self.dataset[i]
         label_log_probs = None
-        if self.has_label_log_probs:
+        if self._label_files is not None:
             label_log_probs = np.full(len(record), -np.inf, np.float32)
             unmasked_S = record.loss_mask > 0
             if unmasked_S.any():  # a damaged record has nothing to read
-                label_log_probs[unmasked_S] = self._label_log_probs(i)[unmasked_S]
+                label_log_probs[unmasked_S] = self._label_log_probs(self._label_files, i)[unmasked_S]
         return to_stored(record, lossless, label_log_probs)
 
-    def _label_log_probs(self, i: int) -> Float[np.ndarray, "S"]:
+    @property
+    def has_label_log_probs(self) -> bool:
+        """Whether each record has the log-probabilities of its labels."""
+        return self._label_files is not None
+
+    def _label_log_probs(self, files: Sequence[ForeignFile], i: int) -> Float[np.ndarray, "S"]:
         place = next(place for place, end in enumerate(self._ends) if i < end)
-        file: ForeignFile = self._files[place]  # type: ignore[assignment]  # formats that have them say so
+        file = files[place]
         found = file.label_log_probs(i - (self._ends[place] - len(file.index)))
         assert found is not None
         return found

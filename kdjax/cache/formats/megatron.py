@@ -200,7 +200,10 @@ def _list_members(path: Path) -> tuple[list[_Member], dict[str, Any]]:
         with explain_os_errors(path, "read this file"), tarfile.open(path, "r:") as archive:
             for entry in archive:
                 if entry.name == META:
-                    meta = json.load(archive.extractfile(entry))  # type: ignore[arg-type]  # it is a file
+                    content = archive.extractfile(entry)
+                    if content is None:
+                        raise tarfile.TarError(f"{META} is not a file")
+                    meta = json.load(content)
                 elif found := MEMBER.fullmatch(entry.name):
                     counts = found["end"] is not None
                     members.append(

@@ -3,9 +3,8 @@
 import contextlib
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import zstandard
@@ -23,22 +22,23 @@ def chunk_name(number: int | str, suffix: str) -> str:
 
 def write_chunk(path: Path, records: Iterable[Record]) -> None:
     """Writes a file, compressed as its suffix says."""
-    with explain_os_errors(path, "write these records"), _open(path) as file:
+    with explain_os_errors(path, "write these records"), _open(path) as write:
         for record in records:
-            file.write(to_line(record))
+            write(to_line(record))
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
+def _open(path: Path) -> Iterator[Callable[[bytes], int]]:
+    """Yields the function that appends to the file."""
     with path.open("wb") as file:
         if path.suffix == ".gz":
             with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:  # no date, so that equal records are equal files
-                yield packed  # type: ignore[misc]  # it writes bytes
+                yield packed.write
         elif path.suffix == ".zst":
             with zstandard.ZstdCompressor(level=9).stream_writer(file) as packed:
-                yield packed
+                yield packed.write
         else:
-            yield file
+            yield file.write
 
 
 def to_line(record: Record) -> bytes:

@@ -54,7 +54,7 @@ def open_sources(sources: Sequence[Source], options: Options) -> Opened:
         teacher_temperature=options.teacher_temperature,
         vocab_size=options.vocab_size,
     )
-    return Opened(files, facts, has_label_log_probs=all(file.has_label_log_probs for file in files))
+    return Opened(files, facts, label_files=files if all(file.has_label_log_probs for file in files) else None)
 
 
 def _is_axolotl(fields: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import zstandard
 
 from kdjax.data.errors import explain_os_errors
-from kdjax.data.shards.record_bytes import Layout, VocabularyOrder
+from kdjax.data.shards.record_bytes import Coding, VocabularyOrder
 from kdjax.types import UserError
 
 MANIFEST = "cache.json"
@@ -67,10 +67,10 @@ class CacheManifest:
         return sum(shard.tokens for shard in self.shards)
 
     @property
-    def layout(self) -> Layout:
+    def coding(self) -> Coding:
         """What the records have in common."""
         first = _decode_ids(self.first_ids, self.vocab_size) if self.first_ids else np.zeros(0, np.int64)
-        return Layout(
+        return Coding(
             VocabularyOrder(self.vocab_size, first), self.values == "float32", tuple(self.target_logits_scales)
         )
 

@@ -34,7 +34,7 @@ class Cache:
             )
         self.path = path
         self.manifest: CacheManifest = read_cache_manifest(path)
-        self._layout = self.manifest.layout
+        self._coding = self.manifest.coding
         self.shards = [Shard(path / entry.file) for entry in self.manifest.shards]
         for shard, entry in zip(self.shards, self.manifest.shards, strict=True):
             if len(shard) != entry.records:
@@ -60,7 +60,7 @@ class Cache:
         """Returns record `i`. Raises RecordError, which names file and record, if it is damaged."""
         shard, number = self.place(i)
         try:
-            record = decode(self.shards[shard].read(number), self._layout)
+            record = decode(self.shards[shard].read(number), self._coding)
         except DamagedError as error:
             raise RecordError(
                 f"{self.where(i)}: damaged: {error}; copy the shard again, or allow records to be left out with "

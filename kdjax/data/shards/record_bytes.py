@@ -54,7 +54,7 @@ class VocabularyOrder:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Coding:
     """What all records of a cache have in common."""
 
     order: VocabularyOrder
@@ -103,9 +103,9 @@ class StoredRecord:
         return Record(self.tokens, self.labels, self.loss_mask, values, self.ids, log_sum, weights, self.index)
 
 
-def encode(record: StoredRecord, layout: Layout) -> bytes:
+def encode(record: StoredRecord, coding: Coding) -> bytes:
     """Returns the bytes of a record, the same for equal records. Raises UserError for an id outside the vocabulary."""
-    ranks = layout.order.ranks
+    ranks = coding.order.ranks
     for name in ("tokens", "labels", "ids"):
         _require_ids(name, getattr(record, name), len(ranks))
     tokens = ranks[record.tokens]
@@ -117,17 +117,17 @@ def encode(record: StoredRecord, layout: Layout) -> bytes:
         arrays["mask"] = record.loss_mask.astype(np.uint8)
     else:
         arrays["mask_weights"] = record.loss_mask.astype(np.float32).view(np.uint32)
-    if layout.lossless:
+    if coding.lossless:
         arrays |= _exact_entries(record, ranks)
     else:
-        arrays |= _quantised_entries(record, ranks, layout.scales)
+        arrays |= _quantised_entries(record, ranks, coding.scales)
     if record.label_log_probs is not None:
         arrays["label_values"] = quantise(record.label_log_probs)
     if record.tail_log_probs is not None:
         arrays["tail_log_probs"] = np.rint(np.clip(-record.tail_log_probs, 0, 60) / MEAN_STEP).astype(np.uint16)
     if record.offsets is not None:
         arrays["offsets"] = np.diff(record.offsets, prepend=0).astype(np.uint32)
-    packed = [_alphabet(name, layout).pack(arrays[name]) if name in arrays else None for name in ARRAYS]
+    packed = [_alphabet(name, coding).pack(arrays[name]) if name in arrays else None for name in ARRAYS]
     body = msgpack.packb([len(record), record.ids.shape[1], record.index, packed])
     return _digest(body) + body
 
@@ -139,12 +139,12 @@ def _require_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
 
 
 def _exact_entries(record: StoredRecord, ranks: np.ndarray) -> dict[str, np.ndarray]:
-    arrays = {
+    assert record.draws is None, "draws are quantised"
+    return {
         "ids": ranks[record.ids],
         "values": record.log_probs.astype(np.float32).view(np.uint32),
         "log_sums": record.log_sums.astype(np.float32).view(np.uint32),
     }
-    return arrays | ({"draws": record.draws.astype(np.uint32)} if record.draws is not None else {})
 
 
 def _quantised_entries(record: StoredRecord, ranks: np.ndarray, scales: tuple[float, ...]) -> dict[str, np.ndarray]:
@@ -190,8 +190,8 @@ def _log_sum(scale: float, log_probs_SxK: np.ndarray) -> np.ndarray:
         return np.log(np.exp(scale * log_probs_SxK.astype(np.float64)).sum(axis=1))
 
 
-def decode(stored: bytes, layout: Layout) -> StoredRecord:
-    """Returns the record. Raises DamagedError unless these are the bytes that `encode` made with this layout."""
+def decode(stored: bytes, coding: Coding) -> StoredRecord:
+    """Returns the record. Raises DamagedError unless these are the bytes that `encode` made with this coding."""
     digest, body = stored[:DIGEST_BYTES], stored[DIGEST_BYTES:]
     if digest != _digest(body):
         raise DamagedError("its digest does not match its content")
@@ -202,7 +202,7 @@ def decode(stored: bytes, layout: Layout) -> StoredRecord:
         raise DamagedError(f"it is not a record: {error}") from error
     if not (length > 0 and top_k >= 0 and length * max(top_k, 1) <= LARGEST_COUNT):
         raise DamagedError(f"{length} positions of {top_k} entries")
-    return _Decoder(length, top_k, index, arrays, layout).record()
+    return _Decoder(length, top_k, index, arrays, coding).record()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,20 +213,20 @@ class _Decoder:
     top_k: int
     index: int | None
     packed: dict[str, Packed]  # without those that are not there
-    layout: Layout
+    coding: Coding
 
     def unpack(self, name: str, count: int) -> np.ndarray:
         try:
-            return _alphabet(name, self.layout).unpack(self.packed[name], count)
+            return _alphabet(name, self.coding).unpack(self.packed[name], count)
         except KeyError:
             raise DamagedError(f"it has no array {name}") from None
         except DamagedError as error:
             raise DamagedError(f"{name}: {error}") from error
 
     def ids_of(self, name: str, ranks: np.ndarray) -> np.ndarray:
-        if ranks.size and ranks.max() >= self.layout.order.vocab_size:
-            raise DamagedError(f"{name}: id number {ranks.max()} of {self.layout.order.vocab_size}")
-        return self.layout.order.ids[ranks]
+        if ranks.size and ranks.max() >= self.coding.order.vocab_size:
+            raise DamagedError(f"{name}: id number {ranks.max()} of {self.coding.order.vocab_size}")
+        return self.coding.order.ids[ranks]
 
     def record(self) -> StoredRecord:
         n = self.length
@@ -236,7 +236,7 @@ class _Decoder:
             mask = self.unpack("mask", n).astype(np.float32)
         else:
             mask = self.unpack("mask_weights", n).view(np.float32)
-        entries = self.exact_entries() if self.layout.lossless else self.quantised_entries()
+        entries = self.exact_entries() if self.coding.lossless else self.quantised_entries()
         offsets = np.cumsum(self.unpack("offsets", n)) if "offsets" in self.packed else None
         label_values = self.unpack("label_values", n) if "label_values" in self.packed else None
         return StoredRecord(
@@ -250,7 +250,7 @@ class _Decoder:
         )
 
     def exact_entries(self) -> dict[str, Any]:
-        n, k, scales = self.length, self.top_k, len(self.layout.scales)
+        n, k, scales = self.length, self.top_k, len(self.coding.scales)
         return {
             "ids": self.ids_of("ids", self.unpack("ids", n * k)).reshape(n, k),
             "log_probs": self.unpack("values", n * k).view(np.float32).reshape(n, k),
@@ -258,7 +258,7 @@ class _Decoder:
         }
 
     def quantised_entries(self) -> dict[str, Any]:
-        n, k, scales = self.length, self.top_k, self.layout.scales
+        n, k, scales = self.length, self.top_k, self.coding.scales
         counts_S = self.unpack("counts", n)
         if counts_S.max() > k:
             raise DamagedError(f"counts: {counts_S.max()} entries, where a position has at most {k}")
@@ -302,9 +302,9 @@ class _Decoder:
         return dequantise(codes)
 
 
-def _alphabet(name: str, layout: Layout) -> Alphabet:
+def _alphabet(name: str, coding: Coding) -> Alphabet:
     """Returns how the numbers of an array are stored."""
-    quantised = name == "label_values" or (name in ("values", "log_sums") and not layout.lossless)
+    quantised = name == "label_values" or (name in ("values", "log_sums") and not coding.lossless)
     return CODES if quantised else NUMBERS
 
 

@@ -3,10 +3,12 @@
 A shard appears under its name only when it is complete, so that a build that was killed leaves none half-written.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,6 @@ class ShardIndex:
     lengths: Int[np.ndarray, "N"]  # tokens
     indices: Int[np.ndarray, "N"]  # the "index" of each record, or NO_INDEX
     hashes: Int[np.ndarray, "N"]  # `tokens_hash` of each record's tokens, as uint64
-    unmasked: int  # positions with a mask above 0, in all records
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -66,7 +67,6 @@ class ShardWriter:
         self._lengths: list[int] = []
         self._indices: list[int] = []
         self._hashes: list[bytes] = []
-        self._unmasked = 0
 
     def write(self, record: StoredRecord, encoded: bytes) -> None:
         """Appends a record; `encoded` are its bytes."""
@@ -74,7 +74,6 @@ class ShardWriter:
         self._lengths.append(len(record))
         self._indices.append(NO_INDEX if record.index is None else record.index)
         self._hashes.append(tokens_hash(record.tokens))
-        self._unmasked += int(np.count_nonzero(record.loss_mask))
 
     def close(self) -> None:
         """Writes the index and moves the complete shard to its name."""
@@ -83,7 +82,6 @@ class ShardWriter:
             "lengths": np.array(self._lengths, "<u4").tobytes(),
             "indices": np.array(self._indices, "<i8").tobytes(),
             "hashes": b"".join(self._hashes),
-            "unmasked": self._unmasked,
         }
         self._put(msgpack.packb(index))
         with _as_user_error(self._partial, "write this shard"):
@@ -134,7 +132,6 @@ class Shard:
             np.frombuffer(fields["lengths"], "<u4").astype(np.int64),
             np.frombuffer(fields["indices"], "<i8"),
             np.frombuffer(fields["hashes"], "<u8"),
-            fields["unmasked"],
         )
         counts = {len(index.lengths), len(index.indices), len(index.hashes), self._count - 1}
         if len(counts) != 1:
@@ -142,20 +139,17 @@ class Shard:
         return index
 
 
-class _as_user_error:
-    """A context that turns ArrayRecord's errors and those of a malformed index into a UserError."""
-
-    def __init__(self, path: Path, action: str, remedy: str = "check that the disk has room and is healthy"):
-        self._path, self._action, self._remedy = path, action, remedy
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, RuntimeError | ValueError | KeyError | TypeError | IndexError) and not isinstance(
-            error, UserError
-        ):
-            raise UserError(f"{self._path}: cannot {self._action}: {_first_line(error)}; {self._remedy}") from error
+@contextlib.contextmanager
+def _as_user_error(
+    path: Path, action: str, remedy: str = "check that the disk has room and is healthy"
+) -> Iterator[None]:
+    """Turns ArrayRecord's errors, and those of a malformed index, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path}: cannot {action}: {_first_line(error)}; {remedy}") from error
 
 
 def _first_line(error: BaseException) -> str:
