@@ -17,6 +17,7 @@ from kdjax.cache.writer import CacheWriter
 from kdjax.data.shards.manifest import CacheManifest, encode_ids
 from kdjax.data.shards.reader import Cache
 from kdjax.data.shards.record_bytes import StoredRecord, VocabularyOrder
+from kdjax.data.shards.shard import OPEN_READERS
 from kdjax.types import UserError
 
 V, LENGTH, COUNT, K = 211, 64, 24, 12
@@ -47,11 +48,10 @@ def make_records(chance: float = 0.7, seed: int = 0) -> list[StoredRecord]:
     return made
 
 
-def write(path: Path, records: list[StoredRecord], values: str = "quantised", **known: Any) -> Path:
+def write(path: Path, records: list[StoredRecord], values: str = "quantised", size: int = 8, **known: Any) -> Path:
     order = VocabularyOrder.by_count(np.bincount(np.concatenate([r.tokens for r in records]), minlength=V))
     manifest = CacheManifest(V, K, LENGTH, values=values, first_ids=encode_ids(order.first), **known)
     writer = CacheWriter(path, manifest, {})
-    size = 8
     for number in range(0, len(records), size):
         writer.write_shard(number // size, records[number : number + size])
     writer.finish(-(-len(records) // size))
@@ -119,6 +119,17 @@ def test_shards_that_changed_places_are_named(copy: Path) -> None:
     (copy / "shard-00001.arrayrecord").rename(copy / "shard-00000.arrayrecord")
     (copy / "x").rename(copy / "shard-00001.arrayrecord")
     assert "shard-00000.arrayrecord: its digest is not the manifest's" in problems(copy)
+
+
+def test_a_cache_of_many_shards_opens_few_files(tmp_path: Path) -> None:
+    """More shards than a process may have open files; every record is read, and read again after its file was shut."""
+    records = [dataclasses.replace(make_records()[0], index=number) for number in range(OPEN_READERS + 12)]
+    cache = Cache(write(tmp_path / "c", records, size=1))
+    descriptors = Path("/proc/self/fd")
+    for _ in range(2):
+        assert [cache.read(i).index for i in range(len(cache))] == list(range(len(records)))
+        opened = [str(path.readlink()) for path in descriptors.iterdir() if path.is_symlink()]
+        assert sum(name.startswith(str(tmp_path)) for name in opened) <= OPEN_READERS
 
 
 def test_an_incomplete_cache_is_named(copy: Path) -> None:

@@ -5,6 +5,7 @@ A shard appears under its name only when it is complete, so that a build that wa
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -28,6 +29,7 @@ NO_INDEX = -1  # "index" of a record that has none
 # A group of one record, so that a read fetches nothing else; records are compressed already.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0"  # reads are in random order
+OPEN_READERS = 128  # each takes a file descriptor, and a large cache has thousands of shards
 
 
 def shard_name(number: int) -> str:
@@ -108,8 +110,6 @@ class Shard:
         with explain_os_errors(path, "read this shard"), path.open("rb"):
             pass
         with _as_user_error(path, "read this shard", "it is damaged or was cut off: copy it again"):
-            self._reader = array_record_module.ArrayRecordReader(str(path), READER_OPTIONS)
-            self._count = self._reader.num_records()
             self.index = self._read_index()
 
     def __len__(self) -> int:
@@ -118,14 +118,16 @@ class Shard:
     def read(self, number: int) -> bytes:
         """Returns the bytes of record `number`. Raises DamagedError if they cannot be read."""
         try:
-            return self._reader.read([int(number)])[0]
+            return _reader_of(self).read([int(number)])[0]
         except (RuntimeError, IndexError, ValueError) as error:
             raise DamagedError(_first_line(error)) from error
 
     def _read_index(self) -> ShardIndex:
-        if not self._count:
+        reader = _reader_of(self)
+        count = reader.num_records()
+        if not count:
             raise ValueError("it holds no record")
-        fields: dict[str, Any] = msgpack.unpackb(self._reader.read([self._count - 1])[0])
+        fields: dict[str, Any] = msgpack.unpackb(reader.read([count - 1])[0])
         if not isinstance(fields, dict) or fields.get("magic") != MAGIC:
             raise ValueError("its last record is not a shard index")
         index = ShardIndex(
@@ -133,10 +135,16 @@ class Shard:
             np.frombuffer(fields["indices"], "<i8"),
             np.frombuffer(fields["hashes"], "<u8"),
         )
-        counts = {len(index.lengths), len(index.indices), len(index.hashes), self._count - 1}
+        counts = {len(index.lengths), len(index.indices), len(index.hashes), count - 1}
         if len(counts) != 1:
-            raise ValueError(f"its index lists {len(index.lengths)} records, and it holds {self._count - 1}")
+            raise ValueError(f"its index lists {len(index.lengths)} records, and it holds {count - 1}")
         return index
+
+
+@functools.lru_cache(maxsize=OPEN_READERS)
+def _reader_of(shard: Shard) -> Any:
+    """Returns the shard's open reader: a new one if many other shards were read since."""
+    return array_record_module.ArrayRecordReader(str(shard.path), READER_OPTIONS)
 
 
 @contextlib.contextmanager
