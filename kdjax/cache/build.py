@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def build(arguments: argparse.Namespace, texts: Sequence[Path], out: Path) -> None:
     """Builds the cache in all processes together."""
-    model = teacher_model(read_model_config(arguments.teacher), arguments.dtype)
+    model = teacher_model(read_model_config(arguments.teacher, "--teacher"), arguments.dtype)
     _check_settings(arguments, model)
     wanted = _wanted(arguments)
     for path in texts:

@@ -19,7 +19,7 @@ from kdjax.parallel import pipeline
 from kdjax.parallel.axes import VOCABULARY_AXES
 from kdjax.parallel.collectives import per_device
 from kdjax.parallel.mesh import ROWS
-from kdjax.training.layout import Layout, pipeline_schedule
+from kdjax.training.layout import Layout
 from kdjax.training.step import gathered, parts_of
 
 # A chunk's logits take 4 C V bytes on a device.
@@ -64,28 +64,17 @@ class Targets(NamedTuple):
 def make_targets_step(layout: Layout, wanted: Wanted) -> Callable[[Params, TeacherRows], Targets]:
     """Returns the jitted function (parameters, global rows) -> targets of all positions, on every device."""
     specs = layout.stage_param_specs
-    count = pipeline_schedule(layout.config, layout.mesh.shape).microbatches
 
-    def leave(shared: Params, y: Array, numbered: tuple[TeacherRows, Array]) -> tuple[Array, Targets]:
-        rows, number = numbered
+    def leave(shared: Params, y: Array, rows: TeacherRows) -> tuple[Targets, tuple[()]]:
         model = bind(layout.config.model, shared, layout.shards)
-        found = find_targets(layout, model.final_norm(y), model.unembedding(), rows, wanted)
-        # The pipeline adds up what its microbatches return, so each fills its place among zeros.
-        placed = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype).at[number].set(x), found)
-        return jnp.zeros(()), placed
+        return find_targets(layout, model.final_norm(y), model.unembedding(), rows, wanted), ()
 
-    model = parts_of(layout, leave)
-    parts = pipeline.Parts(
-        lambda shared, numbered: model.enter(shared, numbered[0]),
-        lambda layers, x, numbered: model.run(layers, x, numbered[0]),
-        leave,
-    )
+    parts = parts_of(layout, leave)
 
     def targets(params: Params, rows: TeacherRows) -> Targets:
         schedule, microbatches = layout.microbatches(rows)
-        numbered = microbatches, jnp.arange(schedule.microbatches)
-        _, placed = pipeline.losses(parts, schedule, *gathered(layout, params, specs), numbered)
-        return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), placed)
+        found = pipeline.outputs(parts, schedule, *gathered(layout, params, specs), microbatches)
+        return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), found)
 
     local = per_device(targets, layout.mesh, (specs, ROWS), ROWS)
     return jax.jit(lambda params, rows: local(layout.by_stage(params), rows), out_shardings=layout.replicated)
@@ -130,8 +119,8 @@ def _of_logits(
     n_valid = vocabulary.n_valid(width)
     if n_valid is not None:
         logits = jnp.where(jnp.arange(width) < n_valid, logits, -jnp.inf)
-    largest = _over_shards(vocabulary, logits.max(axis=-1), jax.lax.pmax)[:, None]
-    logits = logits - largest
+    largest = logits.max(axis=-1, keepdims=True)
+    logits = logits - (jax.lax.pmax(largest, vocabulary.axis_names) if vocabulary.axis_names else largest)
     weights = jnp.exp(logits)  # probabilities up to a factor, 0 in padding columns
     log_sum = jnp.log(vocabulary.sum(weights.sum(axis=-1)))
     other = [vocabulary.sum(jnp.exp(s * logits).sum(axis=-1)) for s in wanted.scales]
@@ -169,7 +158,7 @@ def _largest(vocabulary: Vocabulary, x: Array, k: int) -> tuple[Array, Int[Array
     width = x.shape[-1]
     values, columns = jax.lax.top_k(x, min(k, width))
     ids = columns.astype(jnp.int32) + vocabulary.first(width)
-    if not vocabulary.axis_names:
+    if not vocabulary.axis_names or not k:
         return values, ids
     # Shards follow each other in the order of their ids, and top_k prefers the earlier of two equals.
     values, ids = (jax.lax.all_gather(a, vocabulary.axis_names, axis=1, tiled=True) for a in (values, ids))
@@ -214,7 +203,3 @@ def _draw(
     same_Cxnxn = (ids_Cxn[:, :, None] == ids_Cxn[:, None, :]) & found_Cxn[:, None, :]
     is_first_Cxn = jnp.argmax(same_Cxnxn, axis=-1) == jnp.arange(n)
     return ids_Cxn, jnp.where(found_Cxn & is_first_Cxn, same_Cxnxn.sum(axis=-1), 0).astype(jnp.int32)
-
-
-def _over_shards(vocabulary: Vocabulary, x: Array, reduce: Callable[..., Array]) -> Array:
-    return reduce(x, vocabulary.axis_names) if vocabulary.axis_names else x

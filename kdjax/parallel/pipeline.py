@@ -26,7 +26,7 @@ microbatch. Each device handles its part of the vocabulary, so that no stage wai
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ class Parts(NamedTuple):
     enter: Callable[[Any, Any], Array]  # (shared, microbatch) -> the first chunk's input, in full on every device
     run: Callable[[Any, Array, Any], Array]  # (a chunk's parameters, its input, microbatch) -> its output, same shape
     # (shared, the last chunk's output, microbatch) -> the value to minimise, and sums to add up; the same on all stages
-    leave: Callable[[Any, Array, Any], tuple[Array, Any]]
+    leave: Callable[[Any, Array, Any], tuple[Any, Any]]
 
 
 def by_stage(stacked: Tree, stages: int, chunks: int) -> Tree:
@@ -146,8 +146,8 @@ def losses(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microbatc
     return carry[1]
 
 
-def outputs(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microbatches: Any) -> Array:
-    """Returns the first result of `leave`, here any array, for each microbatch [M, ...]. Only inside `per_device`.
+def outputs(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microbatches: Any) -> Any:
+    """Returns the first result of `leave`, here any arrays, for each microbatch [M, ...]. Only inside `per_device`.
 
     Each stage has one chunk.
     """
@@ -156,7 +156,7 @@ def outputs(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microbat
     if schedule.stages == 1:
         return lax.map(lambda number: stage.straight(shared, chunks, number)[0], jnp.arange(schedule.microbatches))
 
-    def tick(received: Array, t: Array, leaves: bool) -> tuple[Array, Array | None]:
+    def tick(received: Array, t: Array, leaves: bool) -> tuple[Array, Any]:
         _, y = stage.forward(received, t)
         found = stage.leave(stage.parts.leave, y, t)[0] if leaves else None
         return collectives.send_forward(y, schedule.is_ring), found
@@ -166,7 +166,7 @@ def outputs(parts: Parts, schedule: Schedule, shared: Any, chunks: Any, microbat
     received, _ = lax.scan(functools.partial(tick, leaves=False), nothing, jnp.arange(entering.start, entering.stop))
     # With one chunk per stage a microbatch is due in each of these ticks, in order.
     _, found = lax.scan(functools.partial(tick, leaves=True), received, jnp.arange(both.start, both.stop))
-    return cast(Array, found)
+    return found
 
 
 @jax.tree_util.register_dataclass

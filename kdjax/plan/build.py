@@ -22,7 +22,6 @@ from kdjax.cache.build import build_layout, teacher_model
 from kdjax.cache.teacher import TeacherRows, Wanted, make_targets_step
 from kdjax.checkpoint.model_directory import read_model_config
 from kdjax.config import ModelConfig, command_line
-from kdjax.model import param_shapes
 from kdjax.parallel.axes import TENSOR
 from kdjax.parallel.mesh import ROWS
 from kdjax.plan.compile import compile_only
@@ -63,17 +62,13 @@ def _architecture(teacher: str) -> ModelConfig:
     """Returns the architecture of a model directory or run, or the model of a shipped recipe."""
     if teacher in command_line.recipes() and not Path(teacher).exists():
         return configs.build(command_line.load(Path(teacher))).model
-    return read_model_config(teacher)
+    return read_model_config(teacher, "--teacher")
 
 
 def make_build_plan(layout: Layout, wanted: Wanted, target: str) -> Plan:
     """Compiles a build's step for a layout on a target's devices, and returns what is known about it."""
     config, mesh = layout.config, layout.mesh
-    shapes = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        param_shapes(config.model),
-        layout.params,
-    )
+    shapes = layout.abstract_params()
     size = config.batch.global_size, config.data.sequence_length
     rows = jax.ShapeDtypeStruct(size, jnp.int32, sharding=NamedSharding(mesh, ROWS))
     uniforms = jax.ShapeDtypeStruct(size, jnp.float32, sharding=NamedSharding(mesh, ROWS))

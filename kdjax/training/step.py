@@ -146,7 +146,7 @@ def gathered(layout: Layout, params: Params, specs: dict[str, PartitionSpec]) ->
     return params, jax.tree.map(lambda x: jnp.squeeze(x, 1), params.pop("layers"))
 
 
-def parts_of(layout: Layout, leave: Callable[[Params, jax.Array, Any], tuple[jax.Array, Any]]) -> pipeline.Parts:
+def parts_of(layout: Layout, leave: Callable[[Params, jax.Array, Any], tuple[Any, Any]]) -> pipeline.Parts:
     """Returns the model cut in three for the pipeline: embedding, layers, and `leave`, the head."""
     model, shards = layout.config.model, layout.shards
 
